@@ -1,0 +1,63 @@
+# Estran: the daily commands. CONTRIBUTING.md explains them.
+GO       ?= go
+PKGS     ?= ./...
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+COMMIT   ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo none)
+DATE     ?= $(shell git show -s --format=%cI HEAD 2>/dev/null || echo none)
+LDFLAGS  := -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT) -X main.date=$(DATE)
+TOOL     := $(GO) tool -modfile=tools/go.mod
+FUZZTIME ?= 20s
+BENCHTIME?= 1s
+
+.PHONY: build test short lint cross race fuzz bench bench-go bench-kafka golden localstack-bin compose-test image clean
+
+build: ## one static binary, ./estran
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o estran ./cmd/estran
+
+test: lint cross race ## all that must pass: what the README and the CI run
+
+short: ## seconds, while editing
+	$(GO) test -short $(PKGS)
+
+lint: ## gofmt, vet, staticcheck, tidy go.mod
+	@out=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$out" || { echo "gofmt would change:"; echo "$$out"; exit 1; }
+	$(GO) vet ./...
+	$(TOOL) staticcheck ./...
+	$(GO) mod tidy -diff
+
+cross: ## the binary builds for every platform we name
+	@for t in linux/amd64 linux/arm64 darwin/amd64 darwin/arm64; do \
+	  echo "cross $$t"; CGO_ENABLED=0 GOOS=$${t%/*} GOARCH=$${t#*/} $(GO) build -o /dev/null ./cmd/estran || exit 1; \
+	  CGO_ENABLED=0 GOOS=$${t%/*} GOARCH=$${t#*/} $(GO) vet -composites=false ./raftmeta/... ./tiering/... >/dev/null || exit 1; done
+
+race: ## every test with the race detector, in a random order
+	GORACE=halt_on_error=1 $(GO) test -race -shuffle=on -timeout 20m $(PKGS)
+
+fuzz: ## every fuzz target for FUZZTIME
+	@for p in $$($(GO) list ./...); do \
+	  for f in $$($(GO) test -list '^Fuzz' $$p | grep '^Fuzz'); do \
+	    echo "fuzz $$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$p || exit 1; done; done
+
+bench: bench-go bench-kafka ## Go benchmarks, then Estran beside Apache Kafka
+
+bench-go:
+	$(GO) test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) $(PKGS)
+
+bench-kafka: build ## produce, consume, start-up and memory beside Apache Kafka, one run (needs Java 17 and Maven)
+	bash bench/run
+
+golden: ## rewrite golden files; read the diff, commit what you understand
+	UPDATE_GOLDEN=1 $(GO) test ./tiering/... ./raftmeta/... ./broker/... ./cmd/...
+	git diff --stat
+
+localstack-bin: ## static object stores into localstack/bin, for docker-compose.build.yml
+	bash localstack/build-bin
+
+image: build ## estran:local, FROM scratch
+	docker build -q -f deploy/Dockerfile.local -t estran:local .
+
+compose-test: build localstack-bin ## docker compose with locally built images: up, produce, consume, restart, down
+	bash deploy/compose-test
+
+clean:
+	rm -f estran

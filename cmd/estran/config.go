@@ -1,0 +1,404 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/dustin/go-humanize"
+	"github.com/goccy/go-yaml"
+)
+
+// byteSize is a size in bytes; in YAML and in the environment it is written as 8GiB, 64MiB or a plain number.
+type byteSize int64
+
+// UnmarshalYAML accepts a number of bytes or a number with a unit.
+func (b *byteSize) UnmarshalYAML(raw []byte) error {
+	n, err := parseSize(unquote(raw))
+	*b = byteSize(n)
+	return err
+}
+
+func parseSize(s string) (int64, error) {
+	n, err := humanize.ParseBytes(s)
+	if err != nil || n > 1<<62 {
+		return 0, fmt.Errorf("%q is not a size: write it like 64MiB or 8GiB", s)
+	}
+	return int64(n), nil
+}
+
+// duration is written as 30s, 10m or 1h.
+type duration time.Duration
+
+// UnmarshalYAML accepts Go's duration syntax.
+func (d *duration) UnmarshalYAML(raw []byte) error {
+	v, err := time.ParseDuration(unquote(raw))
+	if err != nil {
+		return fmt.Errorf("%q is not a duration: write it like 30s or 10m", unquote(raw))
+	}
+	*d = duration(v)
+	return nil
+}
+
+func unquote(raw []byte) string { return strings.Trim(strings.TrimSpace(string(raw)), `"'`) }
+
+// config is the whole configuration of a voter. Every key is implemented; what is not implemented is not a key.
+type config struct {
+	Version    int    `yaml:"version"`
+	Durability string `yaml:"durability"`
+	Node       struct {
+		ID      int32  `yaml:"id"`
+		Rack    string `yaml:"rack"`
+		DataDir string `yaml:"data_dir"`
+	} `yaml:"node"`
+	Listeners struct {
+		Kafka struct {
+			Listen    string `yaml:"listen"`
+			Advertise string `yaml:"advertise"`
+		} `yaml:"kafka"`
+		HTTP struct {
+			Listen string `yaml:"listen"`
+		} `yaml:"http"`
+		Peer struct {
+			Listen string `yaml:"listen"`
+		} `yaml:"peer"`
+	} `yaml:"listeners"`
+	Quorum struct {
+		Shards int `yaml:"shards"`
+	} `yaml:"quorum"`
+	Storage struct {
+		URL string `yaml:"url"`
+	} `yaml:"storage"`
+	Hot struct {
+		MaxBytes byteSize `yaml:"max_bytes"`
+	} `yaml:"hot"`
+	Tiering struct {
+		SealBytes           byteSize `yaml:"seal_bytes"`
+		SealAge             duration `yaml:"seal_age"`
+		UploadConcurrency   int      `yaml:"upload_concurrency"`
+		LocalRetentionBytes byteSize `yaml:"local_retention_bytes"`
+		CacheBytes          byteSize `yaml:"cache_bytes"`
+		DeleteGrace         duration `yaml:"delete_grace"`
+		PrepareTTL          duration `yaml:"prepare_ttl"`
+	} `yaml:"tiering"`
+	Shutdown struct {
+		DrainTimeout duration `yaml:"drain_timeout"`
+	} `yaml:"shutdown"`
+	Log struct {
+		Level  string `yaml:"level"`
+		Format string `yaml:"format"`
+	} `yaml:"log"`
+	Kafka map[string]any `yaml:"kafka"`
+
+	// origin says where a key's value came from: "default", "estran.yaml:5:3", "ESTRAN_STORAGE_URL", "--kafka-listen".
+	origin map[string]string
+}
+
+func defaultConfig() config {
+	var c config
+	c.Version, c.Durability = 1, "fsync"
+	c.Node.ID, c.Node.DataDir = 1, "./estran-data"
+	c.Listeners.Kafka.Listen = "0.0.0.0:9092"
+	c.Listeners.HTTP.Listen = "127.0.0.1:9096"
+	c.Listeners.Peer.Listen = "127.0.0.1:9093"
+	c.Quorum.Shards = 3
+	c.Hot.MaxBytes = 8 << 30
+	c.Tiering.SealBytes, c.Tiering.SealAge = 64<<20, duration(60*time.Second)
+	c.Tiering.UploadConcurrency, c.Tiering.LocalRetentionBytes = 3, 2<<30
+	c.Tiering.CacheBytes = 48 << 20
+	c.Tiering.DeleteGrace, c.Tiering.PrepareTTL = duration(time.Hour), duration(time.Hour)
+	c.Shutdown.DrainTimeout = duration(30 * time.Second)
+	c.Log.Level, c.Log.Format = "info", "auto"
+	c.Kafka = map[string]any{}
+	c.origin = map[string]string{}
+	return c
+}
+
+// from names the source of a key's value, for error messages.
+func (c *config) from(key string) string {
+	if o := c.origin[key]; o != "" {
+		return o
+	}
+	return "default"
+}
+
+// loadFile overlays a YAML file. Unknown keys are refused with a suggestion.
+func (c *config) loadFile(path string) error {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return &fault{Code: "E_CONFIG_READ", Exit: exitUsage, Err: err, What: fmt.Sprintf("cannot read configuration %s: %v", path, cause(err)),
+			Fix: "give an existing file to --config"}
+	}
+	before := *c
+	before.Kafka = nil
+	dec := yaml.NewDecoder(strings.NewReader(string(data)), yaml.Strict(), yaml.AllowDuplicateMapKey())
+	if err := dec.Decode(c); err != nil && len(strings.TrimSpace(string(data))) > 0 {
+		return yamlFault(path, err)
+	}
+	for _, s := range settingsOf(&before) {
+		for _, now := range settingsOf(c) {
+			if now.key == s.key && !reflect.DeepEqual(now.value.Interface(), s.value.Interface()) {
+				c.origin[s.key] = path
+			}
+		}
+	}
+	for k := range c.Kafka {
+		c.origin["kafka."+k] = path
+	}
+	return nil
+}
+
+func yamlFault(path string, err error) error {
+	f := &fault{Code: "E_CONFIG_SYNTAX", Exit: exitUsage, Err: err, Fix: "correct the line shown"}
+	line, col, msg := 0, 0, err.Error()
+	if e, ok := errors.AsType[yaml.Error](err); ok {
+		msg = e.GetMessage()
+		if tk := e.GetToken(); tk != nil && tk.Position != nil {
+			line, col = tk.Position.Line, tk.Position.Column
+		}
+		f.Excerpt = excerptOf(yaml.FormatError(err, false, true))
+	}
+	f.What = fmt.Sprintf("%s:%d:%d: %s", path, line, col, msg)
+	if e, ok := errors.AsType[*yaml.UnknownFieldError](err); ok {
+		f.Code = "E_CONFIG_UNKNOWN_KEY"
+		name := e.Token.Value
+		full := name
+		if p := parentKey(e); p != "" {
+			full = p + "." + name
+		}
+		f.What = fmt.Sprintf("%s:%d:%d: unknown key %q", path, line, col, full)
+		f.Fix = "remove it, or see the keys in docs/CONFIGURATION.md"
+		if near := nearest(full, knownKeys()); near != "" {
+			f.Fix = fmt.Sprintf("did you mean %q?", near)
+		}
+	}
+	return f
+}
+
+// parentKey finds the mapping that an unknown key stands in, by walking the tokens back to a key that is less indented.
+func parentKey(e *yaml.UnknownFieldError) string {
+	var path []string
+	col := e.Token.Position.Column
+	for tk := e.Token.Prev; tk != nil; tk = tk.Prev {
+		if tk.Next != nil && tk.Next.Value == ":" && tk.Position.Column < col {
+			path = append(path, tk.Value)
+			col = tk.Position.Column
+		}
+	}
+	slices.Reverse(path)
+	return strings.Join(path, ".")
+}
+
+// excerptOf keeps only the source lines of goccy's message.
+func excerptOf(msg string) string {
+	var out []string
+	for line := range strings.Lines(msg) {
+		if t := strings.TrimLeft(line, " >"); t != "" && (t[0] == '^' || strings.Contains(line, " | ")) {
+			out = append(out, "  "+strings.TrimRight(line, "\n"))
+		}
+	}
+	return strings.Join(out, "\n")
+}
+
+// setting is one key of the configuration and the field that holds it.
+type setting struct {
+	key   string
+	value reflect.Value
+}
+
+// settingsOf lists all scalar settings in the order of the struct.
+func settingsOf(c *config) []setting {
+	var out []setting
+	var walk func(prefix string, v reflect.Value)
+	walk = func(prefix string, v reflect.Value) {
+		for i := range v.NumField() {
+			name := v.Type().Field(i).Tag.Get("yaml")
+			if name == "" || name == "kafka" && prefix == "" {
+				continue
+			}
+			if f := v.Field(i); f.Kind() == reflect.Struct {
+				walk(prefix+name+".", f)
+			} else {
+				out = append(out, setting{prefix + name, f})
+			}
+		}
+	}
+	walk("", reflect.ValueOf(c).Elem())
+	return out
+}
+
+func knownKeys() []string {
+	c := defaultConfig()
+	var out []string
+	for _, s := range settingsOf(&c) {
+		out = append(out, s.key)
+	}
+	for _, k := range kafkaKeys {
+		out = append(out, "kafka."+k.name)
+	}
+	return out
+}
+
+// envName is ESTRAN_STORAGE_URL for storage.url.
+func envName(key string) string {
+	return "ESTRAN_" + strings.ToUpper(strings.NewReplacer(".", "_").Replace(key))
+}
+
+// loadEnv overlays KAFKA_* (as the Apache image names them) and then ESTRAN_* variables. An unknown ESTRAN_* variable is an
+// error: a misspelt setting must not be ignored.
+func (c *config) loadEnv(environ []string) error {
+	var errs []error
+	byEnv := map[string]setting{}
+	var names []string
+	for _, s := range settingsOf(c) {
+		byEnv[envName(s.key)] = s
+		names = append(names, envName(s.key))
+	}
+	for _, kv := range environ {
+		name, value, _ := strings.Cut(kv, "=")
+		if rest, ok := strings.CutPrefix(name, "KAFKA_"); ok {
+			key := kafkaEnvKey(rest)
+			if slices.ContainsFunc(kafkaKeys, func(k kafkaKey) bool { return k.name == key }) {
+				c.Kafka[key] = value
+				c.origin["kafka."+key] = name
+			}
+			continue
+		}
+		if !strings.HasPrefix(name, "ESTRAN_") || strings.HasPrefix(name, "ESTRAN_TEST_") || name == "ESTRAN_BIN_CACHE" {
+			continue
+		}
+		s, ok := byEnv[name]
+		if !ok {
+			f := &fault{Code: "E_CONFIG_UNKNOWN_ENV", Exit: exitUsage, What: fmt.Sprintf("unknown environment variable %s", name), Fix: "unset it"}
+			if near := nearest(name, names); near != "" {
+				f.Fix = fmt.Sprintf("did you mean %s?", near)
+			}
+			errs = append(errs, f)
+			continue
+		}
+		if err := c.set(s.key, value, name); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// kafkaEnvKey follows the Apache image: _ is a dot, __ an underscore, ___ a dash.
+func kafkaEnvKey(s string) string {
+	return strings.NewReplacer("___", "-", "__", "_", "_", ".").Replace(strings.ToLower(s))
+}
+
+// set assigns a key from text that came from origin (a flag or a variable).
+func (c *config) set(key, value, origin string) error {
+	for _, s := range settingsOf(c) {
+		if s.key != key {
+			continue
+		}
+		if err := setField(s.value, value); err != nil {
+			return &fault{Code: "E_CONFIG_VALUE", Exit: exitUsage, What: fmt.Sprintf("%s (from %s): %v", key, origin, err), Fix: "correct " + origin}
+		}
+		c.origin[key] = origin
+		return nil
+	}
+	return fmt.Errorf("no setting %q", key)
+}
+
+func setField(v reflect.Value, text string) error {
+	switch p := v.Addr().Interface().(type) {
+	case *byteSize:
+		return p.UnmarshalYAML([]byte(text))
+	case *duration:
+		return p.UnmarshalYAML([]byte(text))
+	case *string:
+		*p = text
+		return nil
+	case *int:
+		n, err := strconv.Atoi(text)
+		*p = n
+		return err
+	case *int32:
+		n, err := strconv.ParseInt(text, 10, 32)
+		*p = int32(n)
+		return err
+	}
+	return fmt.Errorf("setting of type %s cannot be set from text", v.Type())
+}
+
+// validate reports every fault of the configuration at once.
+func (c *config) validate() error {
+	var errs []error
+	bad := func(key, format string, args ...any) {
+		errs = append(errs, &fault{Code: "E_CONFIG_VALUE", Exit: exitUsage,
+			What: fmt.Sprintf("%s: %s (from %s)", key, fmt.Sprintf(format, args...), c.from(key)), Fix: "set " + key + " or " + envName(key)})
+	}
+	if c.Version != 1 {
+		bad("version", "%d is not a version that this program reads; it reads 1", c.Version)
+	}
+	if c.Durability != "fsync" {
+		bad("durability", "%q is not implemented: only fsync is", c.Durability)
+	}
+	if c.Node.ID < 1 || c.Node.ID > 999 {
+		bad("node.id", "%d is not between 1 and 999", c.Node.ID)
+	}
+	if c.Node.DataDir == "" {
+		bad("node.data_dir", "is empty")
+	}
+	if c.Quorum.Shards < 1 || c.Quorum.Shards > 64 {
+		bad("quorum.shards", "%d is not between 1 and 64", c.Quorum.Shards)
+	}
+	for _, l := range []struct{ key, addr string }{{"listeners.kafka.listen", c.Listeners.Kafka.Listen},
+		{"listeners.http.listen", c.Listeners.HTTP.Listen}, {"listeners.peer.listen", c.Listeners.Peer.Listen}} {
+		if _, _, err := net.SplitHostPort(l.addr); err != nil {
+			bad(l.key, "%q is not host:port", l.addr)
+		}
+	}
+	if a := c.Listeners.Kafka.Advertise; a != "" {
+		if host, _, err := net.SplitHostPort(a); err != nil || host == "" {
+			bad("listeners.kafka.advertise", "%q is not host:port", a)
+		}
+	}
+	for _, m := range []struct {
+		key      string
+		v, least int64
+	}{{"hot.max_bytes", int64(c.Hot.MaxBytes), 64 << 20}, {"tiering.seal_bytes", int64(c.Tiering.SealBytes), 1 << 16},
+		{"tiering.cache_bytes", int64(c.Tiering.CacheBytes), 8 << 20}, {"tiering.local_retention_bytes", int64(c.Tiering.LocalRetentionBytes), 0}} {
+		if m.v < m.least {
+			bad(m.key, "%s is below %s", humanize.IBytes(uint64(max(m.v, 0))), humanize.IBytes(uint64(m.least)))
+		}
+	}
+	if c.Tiering.SealBytes > 256<<20 {
+		bad("tiering.seal_bytes", "%s is above 256 MiB, the largest object that is written with one request", humanize.IBytes(uint64(c.Tiering.SealBytes)))
+	}
+	if n := c.Tiering.UploadConcurrency; n < 1 || n > 64 {
+		bad("tiering.upload_concurrency", "%d is not between 1 and 64", n)
+	}
+	for _, d := range []struct {
+		key string
+		v   duration
+	}{{"tiering.seal_age", c.Tiering.SealAge}, {"shutdown.drain_timeout", c.Shutdown.DrainTimeout}, {"tiering.prepare_ttl", c.Tiering.PrepareTTL}} {
+		if d.v <= 0 {
+			bad(d.key, "%s is not above 0", time.Duration(d.v))
+		}
+	}
+	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.Log.Level) {
+		bad("log.level", "%q is not debug, info, warn or error", c.Log.Level)
+	}
+	if !slices.Contains([]string{"auto", "text", "json"}, c.Log.Format) {
+		bad("log.format", "%q is not auto, text or json", c.Log.Format)
+	}
+	errs = append(errs, c.validateKafka()...)
+	return errors.Join(errs...)
+}
+
+func cause(err error) error {
+	if e, ok := errors.AsType[*os.PathError](err); ok {
+		return e.Err
+	}
+	return err
+}

@@ -1,0 +1,95 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/estran/estran/objstore"
+	"github.com/estran/estran/objstore/open"
+	"github.com/spf13/cobra"
+)
+
+// doctorCommand checks what a node will need before one is started: the configuration, the data directory and the object store.
+func doctorCommand(s streams) *cobra.Command {
+	var (
+		file   string
+		create bool
+		wait   time.Duration
+	)
+	c := &cobra.Command{
+		Use:   "doctor",
+		Short: "Check configuration, data directory and object store",
+		Long: "Check what a node needs: the configuration, the data directory, and the object store (reachable, right region and\n" +
+			"credentials, conditional create, ranged reads). With --create-bucket the bucket is created if it does not exist.",
+		Args: usage(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := loadConfig(file, nil)
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), max(wait, 30*time.Second))
+			defer cancel()
+			return diagnose(ctx, s, cfg, create, wait)
+		},
+	}
+	c.Flags().StringVarP(&file, "config", "c", "", "configuration file")
+	c.Flags().BoolVar(&create, "create-bucket", false, "create the bucket if it does not exist")
+	c.Flags().DurationVar(&wait, "wait", 0, "keep trying this long while the store cannot be reached")
+	return c
+}
+
+func diagnose(ctx context.Context, s streams, cfg *config, create bool, wait time.Duration) error {
+	url := cfg.storageURL()
+	fmt.Fprintf(s.out, "[+] configuration\n")
+	if create {
+		err := retryUntil(ctx, wait, func() error { return createBucket(ctx, url) })
+		if err != nil {
+			return storeFault(cfg, err)
+		}
+		fmt.Fprintf(s.out, "[+] bucket exists: %s\n", objstore.Redact(url))
+	}
+	var caps objstore.Capabilities
+	err := retryUntil(ctx, wait, func() error {
+		b, err := open.Bucket(ctx, url, objstore.Options{})
+		if err != nil {
+			return err
+		}
+		defer b.Close()
+		caps, err = objstore.Probe(ctx, b)
+		return err
+	})
+	if err != nil {
+		return storeFault(cfg, err)
+	}
+	fmt.Fprintf(s.out, "[+] object store: %s  %+v\n", objstore.Redact(url), caps)
+	if cfg.Node.DataDir != "" {
+		if fi, err := os.Stat(cfg.Node.DataDir); err == nil && !fi.IsDir() {
+			return dataDirFault(cfg, fmt.Errorf("is not a directory"))
+		}
+	}
+	return nil
+}
+
+// retryUntil repeats f while its error may pass with time and wait has not run out.
+func retryUntil(ctx context.Context, wait time.Duration, f func() error) error {
+	deadline := time.Now().Add(wait)
+	for pause := 200 * time.Millisecond; ; pause = min(2*pause, 5*time.Second) {
+		err := f()
+		if err == nil || !retriable(err) || time.Now().Add(pause).After(deadline) {
+			return err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+func retriable(err error) bool {
+	e, ok := errors.AsType[*objstore.Error](err)
+	return ok && e.Retryable
+}
