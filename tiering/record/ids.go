@@ -2,6 +2,7 @@ package record
 
 import (
 	"encoding/hex"
+	"fmt"
 	"strconv"
 )
 
@@ -30,6 +31,18 @@ type TopicID [16]byte
 
 // String returns the ID as 32 lower-case hex digits: object keys and logs use this form, never Kafka's base64.
 func (t TopicID) String() string { return hex.EncodeToString(t[:]) }
+
+// MarshalText implements encoding.TextMarshaler with the form of String.
+func (t TopicID) MarshalText() ([]byte, error) { return hex.AppendEncode(nil, t[:]), nil }
+
+// UnmarshalText is the inverse of MarshalText.
+func (t *TopicID) UnmarshalText(b []byte) error {
+	if len(b) != 2*len(t) {
+		return fmt.Errorf("topic ID of %d characters", len(b))
+	}
+	_, err := hex.Decode(t[:], b)
+	return err
+}
 
 // IsZero reports whether no topic is named.
 func (t TopicID) IsZero() bool { return t == TopicID{} }

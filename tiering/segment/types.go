@@ -34,6 +34,18 @@ type UUID [16]byte
 // String returns 32 hex digits.
 func (u UUID) String() string { return hex.EncodeToString(u[:]) }
 
+// MarshalText implements encoding.TextMarshaler with the form of String.
+func (u UUID) MarshalText() ([]byte, error) { return hex.AppendEncode(nil, u[:]), nil }
+
+// UnmarshalText is the inverse of MarshalText.
+func (u *UUID) UnmarshalText(b []byte) error {
+	if len(b) != 2*len(u) {
+		return fmt.Errorf("UUID of %d characters", len(b))
+	}
+	_, err := hex.Decode(u[:], b)
+	return err
+}
+
 // Class is a retention class: the prefix under which an object's key stands, so that one lifecycle rule covers all objects of a class.
 type Class uint8
 

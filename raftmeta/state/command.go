@@ -1,0 +1,246 @@
+package state
+
+import (
+	"encoding/json"
+	"fmt"
+
+	"github.com/estran/estran/tiering/record"
+	"github.com/estran/estran/tiering/segment"
+)
+
+// Command is a change of a state machine. Its fields are its format (JSON): they are added to, never given another meaning.
+type Command interface{ kind() Kind }
+
+// LeaderStart is a leader's first own proposal: only a term whose LeaderStart has been applied is advertised.
+type LeaderStart struct {
+	Term Term
+	Node int32
+}
+
+// PartitionConfig is what a shard must know of a topic's configuration.
+type PartitionConfig struct {
+	RetentionMs    int64 // -1 = unlimited
+	RetentionBytes int64 // -1 = unlimited
+	Compact        bool
+	Class          segment.Class
+}
+
+// Effect is a change that meta decided and a shard carries out. Exactly one field is set.
+type Effect struct {
+	EnsurePartition *EnsurePartition `json:",omitempty"`
+	DropTopic       *DropTopic       `json:",omitempty"`
+	SetConfig       *SetConfig       `json:",omitempty"`
+}
+
+// EnsurePartition creates a partition if it is not there.
+type EnsurePartition struct {
+	TP        record.TopicPartition
+	EpochBase record.LeaderEpoch
+	Config    PartitionConfig
+}
+
+// DropTopic drops the partitions of a topic and what groups committed for it. It goes to every shard.
+type DropTopic struct{ Topic record.TopicID }
+
+// SetConfig changes the configuration of all partitions of a topic.
+type SetConfig struct {
+	Topic  record.TopicID
+	Config PartitionConfig
+}
+
+// MetaEffects carries the effects From..To (inclusive) of the outbox; it is accepted only if From follows the shard's cursor.
+type MetaEffects struct {
+	From, To uint64
+	Effects  []Effect
+}
+
+// Prepare announces an upload. It is idempotent per UUID.
+type Prepare struct {
+	Plan segment.Plan
+	Term Term
+	// TTLMs after the shard's clock the object may be deleted if it was not committed.
+	TTLMs int64
+}
+
+// Commit makes an uploaded object's runs part of the manifests. Each run is judged for itself.
+type Commit struct {
+	Number     segment.Number
+	Size       int64
+	CRC32C     uint32
+	FooterLen  uint32
+	UploadedAt record.Timestamp
+	Runs       []segment.PartitionRun
+}
+
+// AdvanceLogStart raises a partition's log start; what lies below it is gone.
+type AdvanceLogStart struct {
+	TP record.TopicPartition
+	To record.Offset
+}
+
+// Sweep expires what the shard's clock has passed: prepared objects, idle producers, offsets of empty groups.
+type Sweep struct {
+	ProducerMs int64 // producers idle longer than this are forgotten; 0 = none
+	OffsetsMs  int64 // offsets of groups empty longer than this are dropped; 0 = none
+}
+
+// Forget removes deleted objects from the table.
+type Forget struct{ Numbers []segment.Number }
+
+// PutGroup stores a group's record; its content is the coordinator's.
+type PutGroup struct {
+	ID           string
+	ProtocolType string
+	Record       []byte
+	Empty        bool
+}
+
+// OffsetCommit is one committed offset.
+type OffsetCommit struct {
+	TP       record.TopicPartition
+	Offset   record.Offset
+	Epoch    record.LeaderEpoch // -1 = unknown
+	Metadata string
+	At       record.Timestamp // commit time as the coordinator saw it
+}
+
+// CommitOffsets stores offsets of a group; an unknown group is created empty.
+type CommitOffsets struct {
+	Group   string
+	Offsets []OffsetCommit
+}
+
+// DeleteGroup removes a group and its offsets.
+type DeleteGroup struct{ ID string }
+
+// DeleteOffsets removes some of a group's offsets.
+type DeleteOffsets struct {
+	Group string
+	TPs   []record.TopicPartition
+}
+
+// InitCluster is meta's first command; repeated ones change nothing.
+type InitCluster struct {
+	ClusterID string
+	Shards    uint32
+}
+
+// RegisterNode stores a node's address.
+type RegisterNode struct{ Node Node }
+
+// Node is a voter as clients see it.
+type Node struct {
+	ID          int32
+	Incarnation string
+	Host        string
+	Port        int32
+	Rack        string
+}
+
+// CreateTopic creates a topic.
+type CreateTopic struct {
+	ID                record.TopicID
+	Name              string
+	Partitions        int32
+	ReplicationFactor int16
+	Configs           map[string]string
+	Config            PartitionConfig
+}
+
+// DeleteTopic drops a topic.
+type DeleteTopic struct{ ID record.TopicID }
+
+// CreatePartitions grows a topic to Total partitions.
+type CreatePartitions struct {
+	ID    record.TopicID
+	Total int32
+}
+
+// AlterConfigs changes a topic's configuration, or with a zero Topic the cluster's.
+type AlterConfigs struct {
+	Topic  record.TopicID
+	Set    map[string]string
+	Delete []string
+	// Config is the topic's parsed configuration after the change.
+	Config PartitionConfig
+}
+
+// AllocateProducerIDs reserves Count producer IDs.
+type AllocateProducerIDs struct{ Count int64 }
+
+// TrimOutbox removes the effects up to To, which the shard has applied.
+type TrimOutbox struct {
+	Shard record.ShardID
+	To    uint64
+}
+
+func (LeaderStart) kind() Kind         { return KindLeaderStart }
+func (MetaEffects) kind() Kind         { return KindMetaEffects }
+func (Prepare) kind() Kind             { return KindPrepare }
+func (Commit) kind() Kind              { return KindCommit }
+func (AdvanceLogStart) kind() Kind     { return KindAdvanceLogStart }
+func (Sweep) kind() Kind               { return KindSweep }
+func (Forget) kind() Kind              { return KindForget }
+func (PutGroup) kind() Kind            { return KindPutGroup }
+func (CommitOffsets) kind() Kind       { return KindCommitOffsets }
+func (DeleteGroup) kind() Kind         { return KindDeleteGroup }
+func (DeleteOffsets) kind() Kind       { return KindDeleteOffsets }
+func (InitCluster) kind() Kind         { return KindInitCluster }
+func (RegisterNode) kind() Kind        { return KindRegisterNode }
+func (CreateTopic) kind() Kind         { return KindCreateTopic }
+func (DeleteTopic) kind() Kind         { return KindDeleteTopic }
+func (CreatePartitions) kind() Kind    { return KindCreateParts }
+func (AlterConfigs) kind() Kind        { return KindAlterConfigs }
+func (AllocateProducerIDs) kind() Kind { return KindAllocProducers }
+func (TrimOutbox) kind() Kind          { return KindTrimOutbox }
+
+// Code is the outcome of a command.
+type Code uint8
+
+// The outcomes.
+const (
+	OK Code = iota
+	// Duplicate: the batch was appended before; the result has its original offset.
+	Duplicate
+	OutOfOrderSequence
+	InvalidProducerEpoch
+	UnknownPartition
+	// Stale: the command came too late, or from a term that has ended.
+	Stale
+	NotFound
+	Exists
+	Invalid
+	OffsetOutOfRange
+)
+
+// Result is what a command that is not a batch returns. Value is the command's own result, if it has one.
+type Result struct {
+	Code  Code
+	Value any
+}
+
+// AppendResult is the outcome of one batch.
+type AppendResult struct {
+	Code     Code
+	Base     record.Offset
+	LogStart record.Offset
+}
+
+// Verdict is the judgement on a run of a Commit.
+type Verdict uint8
+
+// The verdicts.
+const (
+	Rejected Verdict = iota
+	Accepted
+	Trimmed // accepted from a later first offset on
+)
+
+// decode reads a command's body. A command that this program wrote and cannot read would make replicas diverge.
+func decode[C any](body []byte) C {
+	var c C
+	if err := json.Unmarshal(body, &c); err != nil {
+		panic(fmt.Sprintf("state: command %T: %v", c, err))
+	}
+	return c
+}

@@ -1,0 +1,601 @@
+package state
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"testing"
+
+	"github.com/estran/estran/tiering/record"
+	"github.com/estran/estran/tiering/segment"
+	"github.com/google/go-cmp/cmp"
+)
+
+// machine drives a shard with entries and keeps them for replay.
+type machine struct {
+	t     testing.TB
+	s     *Shard
+	index RaftIndex
+	term  Term
+	clock record.Timestamp
+	log   [][]byte
+	terms []Term
+}
+
+func newMachine(t testing.TB, partitions int) *machine {
+	m := &machine{t: t, s: NewShard(1), term: 1, clock: 1000}
+	m.do(LeaderStart{Term: 1, Node: 1})
+	var effects []Effect
+	for p := range partitions {
+		effects = append(effects, Effect{EnsurePartition: &EnsurePartition{TP: tp(p), Config: PartitionConfig{RetentionMs: -1, RetentionBytes: -1}}})
+	}
+	if r := m.do(MetaEffects{From: 1, To: uint64(partitions), Effects: effects}); r.Code != OK {
+		t.Fatalf("effects: %v", r)
+	}
+	return m
+}
+
+func tp(p int) record.TopicPartition {
+	return record.TopicPartition{Topic: record.TopicID{byte(1 + p/4)}, Partition: int32(p % 4)}
+}
+
+func (m *machine) entry(e *Entry, payload int) Applied {
+	m.t.Helper()
+	data, _ := e.Cut(m.term, make([]byte, payload), m.clock, nil)
+	m.index++
+	m.log, m.terms = append(m.log, data), append(m.terms, m.term)
+	return m.s.Apply(m.index, m.term, data)
+}
+
+func (m *machine) do(c Command) Result {
+	m.t.Helper()
+	var e Entry
+	if _, err := e.Add(c); err != nil {
+		m.t.Fatal(err)
+	}
+	return m.entry(&e, 0).Results[0]
+}
+
+// batch is a slot of n records; a negative producer is none.
+func (m *machine) batch(p int, n int32, producer record.ProducerID, epoch record.ProducerEpoch, seq record.Sequence) Slot {
+	return Slot{Handle: m.s.Handle(tp(p)), Len: 100, LastOffsetDelta: n - 1, Count: n, ProducerID: producer, ProducerEpoch: epoch, BaseSequence: seq, MaxTimestamp: 5}
+}
+
+func (m *machine) append(slots ...Slot) []AppendResult {
+	m.t.Helper()
+	var e Entry
+	for _, s := range slots {
+		e.AddSlot(s)
+	}
+	a := m.entry(&e, 100*len(slots))
+	return append([]AppendResult(nil), a.Appends...)
+}
+
+func (m *machine) info(p int) PartitionInfo {
+	m.t.Helper()
+	i, ok := m.s.Partition(tp(p))
+	if !ok {
+		m.t.Fatalf("no partition %d", p)
+	}
+	return i
+}
+
+func TestSequences(t *testing.T) {
+	const max = 1<<31 - 1
+	m := newMachine(t, 1)
+	for i, c := range []struct {
+		epoch record.ProducerEpoch
+		seq   record.Sequence
+		n     int32
+		code  Code
+		base  record.Offset
+	}{
+		{0, 7, 3, OK, 0},                     // unknown producer: any sequence
+		{0, 10, 2, OK, 3},                    //
+		{0, 10, 2, Duplicate, 3},             // the last batch again
+		{0, 7, 3, Duplicate, 0},              // an older one of the window
+		{0, 13, 1, OutOfOrderSequence, -1},   // a gap
+		{0, 11, 1, OutOfOrderSequence, -1},   // part of a batch
+		{0, 12, 1, OK, 5},                    //
+		{1, 5, 1, OutOfOrderSequence, -1},    // a new epoch begins at 0
+		{1, 0, 1, OK, 6},                     //
+		{0, 13, 1, InvalidProducerEpoch, -1}, // the old epoch
+		{1, 1, 1, OK, 7}, {1, 2, 1, OK, 8}, {1, 3, 1, OK, 9}, {1, 4, 1, OK, 10}, {1, 5, 1, OK, 11},
+		{1, 0, 1, OutOfOrderSequence, -1}, // out of the window of five
+		{1, 1, 1, Duplicate, 7},           // its oldest
+		{2, 0, 1, OK, 12},
+	} {
+		if got := m.append(m.batch(0, c.n, 9, c.epoch, c.seq))[0]; got.Code != c.code || got.Base != c.base {
+			t.Errorf("case %d: %+v, want code %d base %d", i, got, c.code, c.base)
+		}
+	}
+	m = newMachine(t, 1)
+	m.append(m.batch(0, 3, 4, 0, max-1)) // max-1, max, 0
+	if got := m.append(m.batch(0, 1, 4, 0, 1))[0]; got.Code != OK || got.Base != 3 {
+		t.Errorf("after the wrap: %+v", got)
+	}
+	if got := m.append(m.batch(0, 3, 4, 0, max-1))[0]; got.Code != Duplicate || got.Base != 0 {
+		t.Errorf("duplicate of the batch that wraps: %+v", got)
+	}
+}
+
+func TestOneEntryManyBatches(t *testing.T) {
+	m := newMachine(t, 3)
+	res := m.append(m.batch(2, 2, -1, -1, -1), m.batch(0, 1, 5, 0, 0), m.batch(2, 3, -1, -1, -1), m.batch(0, 1, 5, 0, 2), m.batch(0, 1, 5, 0, 1))
+	// ordered by handle: partition 0 first, each partition in order of arrival
+	want := []AppendResult{{OK, 0, 0}, {OutOfOrderSequence, -1, 0}, {OK, 1, 0}, {OK, 0, 0}, {OK, 2, 0}}
+	if d := cmp.Diff(want, res); d != "" {
+		t.Error(d)
+	}
+	if refs := m.s.HotRefs(tp(0), 0, 10, nil); len(refs) != 2 || refs[0].First != 0 || refs[1].First != 2 || refs[1].Base != 1 {
+		t.Errorf("refs around a refused batch: %+v", refs)
+	}
+	if refs := m.s.HotRefs(tp(2), 0, 10, nil); len(refs) != 1 || refs[0].Count != 2 || refs[0].End != 5 {
+		t.Errorf("refs: %+v", refs)
+	}
+}
+
+func (m *machine) seal(runs ...segment.PartitionRun) ([]Verdict, segment.Object) {
+	m.t.Helper()
+	o := m.do(Prepare{Plan: segment.Plan{UUID: segment.UUID{byte(m.index), byte(m.index >> 8)}}, TTLMs: 100}).Value.(segment.Object)
+	r := m.do(Commit{Number: o.Number, Size: 10, Runs: runs})
+	o, _ = m.s.Object(o.Number)
+	return r.Value.([]Verdict), o
+}
+
+func run(p int, from, to record.Offset) segment.PartitionRun {
+	return segment.PartitionRun{TP: tp(p), Run: segment.Run{StartOffset: from, EndOffset: to, SizeBytes: 100}}
+}
+
+func TestCommitJudgesEachRun(t *testing.T) {
+	m := newMachine(t, 2)
+	for range 10 {
+		m.append(m.batch(0, 10, -1, -1, -1), m.batch(1, 1, -1, -1, -1))
+	}
+	v, o := m.seal(run(0, 0, 29), run(1, 0, 4))
+	if d := cmp.Diff([]Verdict{Accepted, Accepted}, v); d != "" || o.State != segment.Committed || o.LiveRuns != 2 {
+		t.Fatal(d, o)
+	}
+	if i := m.info(0); i.SealedEnd != 30 || m.s.HotStart(tp(0)) != 30 || i.HotBytes != 700 {
+		t.Errorf("after commit: %+v", i)
+	}
+	v, o = m.seal(run(0, 40, 49), run(1, 7, 8)) // both leave a gap
+	if d := cmp.Diff([]Verdict{Rejected, Rejected}, v); d != "" || o.State != segment.Tombstoned {
+		t.Error(d, o)
+	}
+	v, _ = m.seal(run(0, 10, 49), run(1, 2, 3)) // overlaps; wholly sealed already
+	if d := cmp.Diff([]Verdict{Trimmed, Rejected}, v); d != "" {
+		t.Error(d)
+	}
+	v, _ = m.seal(run(0, 50, 100)) // beyond the high watermark
+	if v[0] != Rejected {
+		t.Error("a run beyond the high watermark was accepted")
+	}
+	runs := m.s.Runs(tp(0), 0, 10, nil)
+	if len(runs) != 2 || runs[1].StartOffset != 30 || runs[1].EndOffset != 49 {
+		t.Errorf("manifest: %+v", runs)
+	}
+	if r := m.do(AdvanceLogStart{TP: tp(0), To: 75}); r.Value != record.Offset(75) { // past the sealed end, into a batch
+		t.Error(r)
+	}
+	if i := m.info(0); i.SealedEnd != 75 || len(m.s.Runs(tp(0), 0, 10, nil)) != 0 || m.s.HotStart(tp(0)) != 70 {
+		t.Errorf("after moving the log start: %+v", i)
+	}
+	if r := m.do(AdvanceLogStart{TP: tp(0), To: 101}); r.Code != OffsetOutOfRange {
+		t.Error(r)
+	}
+	if v, _ = m.seal(run(0, 70, 99)); v[0] != Trimmed {
+		t.Error("sealing waits for bytes that are gone")
+	}
+}
+
+func TestObjectsLife(t *testing.T) {
+	m := newMachine(t, 1)
+	m.append(m.batch(0, 10, -1, -1, -1))
+	plan := Prepare{Plan: segment.Plan{UUID: segment.UUID{1}}, TTLMs: 100}
+	o := m.do(plan).Value.(segment.Object)
+	if again := m.do(plan).Value.(segment.Object); again.Number != o.Number {
+		t.Error("prepare is not idempotent per UUID")
+	}
+	m.do(Sweep{})
+	if len(m.s.Doomed()) != 0 {
+		t.Fatal("swept before its time")
+	}
+	m.clock += 100
+	m.do(Sweep{})
+	if d := m.s.Doomed(); len(d) != 1 || d[0].Since != m.clock {
+		t.Fatalf("doomed: %+v", d)
+	}
+	if r := m.do(Commit{Number: o.Number, Runs: []segment.PartitionRun{run(0, 0, 9)}}); r.Code != Stale {
+		t.Errorf("commit after the sweep: %+v", r)
+	}
+	v, live := m.seal(run(0, 0, 9))
+	if v[0] != Accepted {
+		t.Fatal(v)
+	}
+	m.do(Forget{Numbers: []segment.Number{o.Number, live.Number}})
+	if _, ok := m.s.Object(o.Number); ok {
+		t.Error("not forgotten")
+	}
+	if _, ok := m.s.Object(live.Number); !ok {
+		t.Error("a live object was forgotten")
+	}
+	m.do(MetaEffects{From: 2, To: 2, Effects: []Effect{{DropTopic: &DropTopic{tp(0).Topic}}}})
+	if d := m.s.Doomed(); len(d) != 1 || d[0].Number != live.Number {
+		t.Errorf("after dropping the topic: %+v", d)
+	}
+}
+
+func TestVoidEntry(t *testing.T) {
+	m := newMachine(t, 1)
+	var e Entry
+	e.AddSlot(m.batch(0, 1, -1, -1, -1))
+	data, _ := e.Cut(1, make([]byte, 100), 0, nil)
+	m.index++
+	if a := m.s.Apply(m.index, 2, data); !a.Void || m.info(0).HighWatermark != 0 || m.s.Voids() != 1 {
+		t.Error("an entry of another term was applied")
+	}
+}
+
+func TestEffectsInOrderOnly(t *testing.T) {
+	m := newMachine(t, 2)
+	if r := m.do(MetaEffects{From: 2, To: 3, Effects: make([]Effect, 2)}); r.Code != Stale || r.Value != uint64(2) {
+		t.Errorf("repeated effects: %+v", r)
+	}
+	if r := m.do(MetaEffects{From: 4, To: 4, Effects: make([]Effect, 1)}); r.Code != Stale {
+		t.Errorf("effects with a gap: %+v", r)
+	}
+}
+
+func TestRehome(t *testing.T) {
+	m := newMachine(t, 1)
+	for range 3 {
+		m.append(m.batch(0, 2, -1, -1, -1), m.batch(0, 3, -1, -1, -1))
+	}
+	old := m.s.HotRefs(tp(0), 5, 1, nil)[0]
+	var e Entry
+	e.AddRehomed(m.batch(0, 2, -1, -1, -1), 5)
+	e.AddRehomed(m.batch(0, 3, -1, -1, -1), 7)
+	m.entry(&e, 200)
+	now := m.s.HotRefs(tp(0), 5, 1, nil)[0]
+	if now.Index != m.index || now.Base != old.Base || now.End != old.End || now.Count != 2 {
+		t.Errorf("was %+v, is %+v", old, now)
+	}
+	var bad Entry // not the ref's batches
+	bad.AddRehomed(m.batch(0, 1, -1, -1, -1), 10)
+	before := m.s.HotRefs(tp(0), 10, 1, nil)[0]
+	m.entry(&bad, 100)
+	if after := m.s.HotRefs(tp(0), 10, 1, nil)[0]; after != before {
+		t.Errorf("moved by other batches: %+v", after)
+	}
+	if m.info(0).HighWatermark != 15 {
+		t.Error("rehoming changed offsets")
+	}
+}
+
+func TestEpochs(t *testing.T) {
+	m := newMachine(t, 1)
+	m.append(m.batch(0, 5, -1, -1, -1))
+	m.term = 4
+	m.do(LeaderStart{Term: 4, Node: 1})
+	m.append(m.batch(0, 5, -1, -1, -1))
+	for _, c := range []struct {
+		asked, epoch record.LeaderEpoch
+		end          record.Offset
+	}{{0, -1, -1}, {1, 1, 5}, {2, 1, 5}, {3, 1, 5}, {4, 4, 10}, {9, 4, 10}} {
+		if e, end := m.s.EpochEnd(tp(0), c.asked); e != c.epoch || end != c.end {
+			t.Errorf("epoch %d: %d ends at %d, want %d at %d", c.asked, e, end, c.epoch, c.end)
+		}
+	}
+	if m.s.EpochAt(tp(0), 4) != 1 || m.s.EpochAt(tp(0), 5) != 4 {
+		t.Error("epoch of a record")
+	}
+}
+
+func TestGroups(t *testing.T) {
+	m := newMachine(t, 4)
+	m.do(CommitOffsets{Group: "g", Offsets: []OffsetCommit{{TP: tp(0), Offset: 5, Epoch: -1, Metadata: "m"}}})
+	kept := m.s.Group("g")
+	m.do(CommitOffsets{Group: "g", Offsets: []OffsetCommit{{TP: tp(0), Offset: 6}, {TP: tp(1), Offset: 1}}})
+	if kept.Offsets[tp(0)].Offset != 5 || m.s.Group("g").Offsets[tp(0)].Offset != 6 {
+		t.Error("a reader's group changed")
+	}
+	m.do(PutGroup{ID: "g", ProtocolType: "consumer", Record: []byte("r")})
+	m.clock += 1000
+	m.do(Sweep{OffsetsMs: 10})
+	if m.s.Group("g") == nil {
+		t.Fatal("offsets of a group with members expired")
+	}
+	m.do(PutGroup{ID: "g", Empty: true})
+	m.do(Sweep{OffsetsMs: 10})
+	if m.s.Group("g") == nil {
+		t.Fatal("expired at once")
+	}
+	m.do(DeleteOffsets{Group: "g", TPs: []record.TopicPartition{tp(1)}})
+	if len(m.s.Group("g").Offsets) != 1 {
+		t.Error("offset not deleted")
+	}
+	m.do(MetaEffects{From: 5, To: 5, Effects: []Effect{{DropTopic: &DropTopic{tp(0).Topic}}}})
+	if len(m.s.Group("g").Offsets) != 0 {
+		t.Error("offsets of a dropped topic stay")
+	}
+	m.clock += 11
+	m.do(Sweep{OffsetsMs: 10})
+	if m.s.Group("g") != nil {
+		t.Error("not expired")
+	}
+}
+
+// step does one random command. The machine's clock and term move too.
+func (m *machine) step(rng *rand.Rand, parts int, seqs map[[2]int]record.Sequence) {
+	p := rng.IntN(parts)
+	m.clock += record.Timestamp(rng.IntN(50))
+	switch k := rng.IntN(20); {
+	case k < 11:
+		var slots []Slot
+		for range 1 + rng.IntN(6) {
+			p, n := rng.IntN(parts), int32(1+rng.IntN(5))
+			if m.s.Handle(tp(p)) == 0 || rng.IntN(3) == 0 {
+				slots = append(slots, m.batch(p, n, -1, -1, -1))
+				continue
+			}
+			key := [2]int{p, rng.IntN(3)}
+			slots = append(slots, m.batch(p, n, record.ProducerID(key[1]), 0, seqs[key]))
+			if rng.IntN(6) > 0 {
+				seqs[key] = seqs[key].Add(n)
+			}
+		}
+		m.append(slots...)
+	case k < 15:
+		var runs []segment.PartitionRun
+		for q := range parts {
+			if i, ok := m.s.Partition(tp(q)); ok && i.HighWatermark > 0 && rng.IntN(2) == 0 {
+				end := i.SealedEnd + record.Offset(rng.IntN(int(i.HighWatermark-i.SealedEnd)+3))
+				runs = append(runs, run(q, max(0, i.SealedEnd-record.Offset(rng.IntN(3))), end))
+			}
+		}
+		m.seal(runs...)
+	case k == 15:
+		if i, ok := m.s.Partition(tp(p)); ok {
+			m.do(AdvanceLogStart{TP: tp(p), To: record.Offset(rng.IntN(int(i.HighWatermark) + 2))})
+		}
+	case k == 16:
+		m.do(Sweep{ProducerMs: 2000, OffsetsMs: 3000})
+		var doomed []segment.Number
+		for _, o := range m.s.Doomed() {
+			doomed = append(doomed, o.Number)
+		}
+		m.do(Forget{Numbers: doomed})
+	case k == 17:
+		m.term += Term(rng.IntN(3))
+		m.do(LeaderStart{Term: m.term, Node: 1})
+	case k == 18:
+		m.do(CommitOffsets{Group: fmt.Sprint("g", rng.IntN(3)), Offsets: []OffsetCommit{{TP: tp(p), Offset: record.Offset(rng.IntN(100))}}})
+	default:
+		c := m.s.Cursor() + 1
+		e := Effect{EnsurePartition: &EnsurePartition{TP: tp(p)}}
+		if rng.IntN(4) == 0 {
+			e = Effect{DropTopic: &DropTopic{tp(p).Topic}}
+		}
+		m.do(MetaEffects{From: c, To: c, Effects: []Effect{e}})
+	}
+}
+
+// verify asserts what must hold after every entry.
+func (m *machine) verify() {
+	m.t.Helper()
+	refs := map[uint32]int32{}
+	var hot int64
+	live := map[segment.Number]uint32{}
+	for _, p := range m.s.parts {
+		if p == nil {
+			continue
+		}
+		p.check()
+		end := record.Offset(-1)
+		for i, r := range p.Hot {
+			refs[r.Entry]++
+			hot += int64(r.Bytes)
+			if i > 0 && r.Base != end {
+				m.t.Fatalf("%s: ref at %d, the one before ends at %d", p.TP, r.Base, end)
+			}
+			end = p.refEnd(i)
+		}
+		if len(p.Hot) > 0 && (end != p.High || p.Hot[0].Base > p.SealedEnd) || len(p.Hot) == 0 && p.SealedEnd != p.High {
+			m.t.Fatalf("%s: hot to %d from %+v, sealed end %d, high watermark %d", p.TP, end, p.Hot, p.SealedEnd, p.High)
+		}
+		for i, r := range p.Runs {
+			live[r.Object]++
+			if i > 0 && r.StartOffset != p.Runs[i-1].EndOffset+1 {
+				m.t.Fatalf("%s: runs %+v", p.TP, p.Runs)
+			}
+		}
+	}
+	for i, n := range m.s.live {
+		if n != refs[m.s.entBase+uint32(i)] {
+			m.t.Fatalf("entry %d has %d refs, counted %d", m.s.entBase+uint32(i), refs[m.s.entBase+uint32(i)], n)
+		}
+	}
+	if hot != m.s.hotBytes || len(m.s.live) > 0 && m.s.live[0] == 0 {
+		m.t.Fatalf("hot bytes %d, counted %d; first entry has %d refs", hot, m.s.hotBytes, m.s.live[0])
+	}
+	for n, o := range m.s.objects {
+		if o.LiveRuns != live[n] || o.State == segment.Tombstoned && live[n] > 0 {
+			m.t.Fatalf("object %d: %+v, %d runs refer to it", n, o, live[n])
+		}
+	}
+}
+
+func snapshotOf(t testing.TB, f Frozen) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	if _, err := f.WriteTo(&b); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+// Random commands: the invariants hold, a snapshot taken in the middle is not changed by what follows, and replay from the start, and from a
+// restored snapshot, gives the same bytes.
+func TestRandomCommands(t *testing.T) {
+	for seed := range uint64(30) {
+		rng := rand.New(rand.NewPCG(seed, 1))
+		m := newMachine(t, 6)
+		seqs := map[[2]int]record.Sequence{}
+		var frozen Frozen
+		var early []byte
+		cut := 100 + rng.IntN(200)
+		for i := range 400 {
+			m.step(rng, 8, seqs)
+			m.verify()
+			if i == cut {
+				frozen = m.s.Freeze()
+				early = snapshotOf(t, m.s.Freeze())
+			}
+		}
+		if !bytes.Equal(snapshotOf(t, frozen), early) {
+			t.Fatalf("seed %d: a snapshot changed after it was taken", seed)
+		}
+		want := snapshotOf(t, m.s.Freeze())
+		replayed := NewShard(1)
+		restored, err := RestoreShard(bytes.NewReader(early))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, data := range m.log {
+			replayed.Apply(RaftIndex(i+1), m.terms[i], data)
+			if RaftIndex(i+1) > frozen.Index() {
+				restored.Apply(RaftIndex(i+1), m.terms[i], data)
+			}
+		}
+		if !bytes.Equal(snapshotOf(t, replayed.Freeze()), want) {
+			t.Fatalf("seed %d: replay differs", seed)
+		}
+		if got := snapshotOf(t, restored.Freeze()); !bytes.Equal(got, want) {
+			t.Fatalf("seed %d: replay from a snapshot differs:\n%s\n%s", seed, got, want)
+		}
+	}
+}
+
+func TestMeta(t *testing.T) {
+	m := NewMeta()
+	index := RaftIndex(0)
+	do := func(c Command) Result {
+		var e Entry
+		if _, err := e.Add(c); err != nil {
+			t.Fatal(err)
+		}
+		data, _ := e.Cut(1, nil, 0, nil)
+		index++
+		return m.Apply(index, 1, data)[0]
+	}
+	do(InitCluster{ClusterID: "c", Shards: 3})
+	do(InitCluster{ClusterID: "other", Shards: 9})
+	do(RegisterNode{Node{ID: 1, Host: "h", Port: 9092}})
+	id := record.TopicID{1}
+	if r := do(CreateTopic{ID: id, Name: "t", Partitions: 7, ReplicationFactor: 1}); r.Code != OK {
+		t.Fatal(r)
+	}
+	if r := do(CreateTopic{ID: record.TopicID{2}, Name: "t", Partitions: 1}); r.Code != Exists {
+		t.Error(r)
+	}
+	view := m.View()
+	if view.ID != "c" || view.Shards != 3 {
+		t.Errorf("cluster: %+v", view)
+	}
+	count := map[record.ShardID]int{}
+	topic, _ := view.Topic("t")
+	for _, p := range topic.Partitions {
+		count[p.Shard]++
+	}
+	if count[1] != 3 || count[2] != 2 || count[3] != 2 {
+		t.Errorf("partitions per shard: %v", count)
+	}
+	if first, effects := m.Outbox(1, 1); first != 2 || len(effects) != 2 {
+		t.Errorf("outbox: %d %v", first, effects)
+	}
+	do(TrimOutbox{Shard: 1, To: 3})
+	if first, effects := m.Outbox(1, 0); first != 4 || len(effects) != 0 || m.OutboxEnd(1) != 3 {
+		t.Errorf("outbox after trimming: %d %v", first, effects)
+	}
+	if a, b := do(AllocateProducerIDs{1000}).Value, do(AllocateProducerIDs{1000}).Value; a != record.ProducerID(0) || b != record.ProducerID(1000) {
+		t.Errorf("producer IDs: %v %v", a, b)
+	}
+	do(CreatePartitions{ID: id, Total: 9})
+	do(AlterConfigs{Topic: id, Set: map[string]string{"retention.ms": "5"}, Config: PartitionConfig{RetentionMs: 5}})
+	if now, _ := m.View().TopicByID(id); len(now.Partitions) != 9 || now.Configs["retention.ms"] != "5" || len(topic.Partitions) != 7 || topic.Configs["retention.ms"] != "" {
+		t.Error("the old view changed, or the new one did not")
+	}
+	f := m.Freeze()
+	var b1, b2 bytes.Buffer
+	if _, err := f.WriteTo(&b1); err != nil {
+		t.Fatal(err)
+	}
+	back, err := RestoreMeta(bytes.NewReader(b1.Bytes()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f = back.Freeze()
+	if _, err := f.WriteTo(&b2); err != nil || !bytes.Equal(b1.Bytes(), b2.Bytes()) {
+		t.Errorf("restored meta differs:\n%s\n%s", b1.Bytes(), b2.Bytes())
+	}
+	do(DeleteTopic{ID: id})
+	if _, ok := m.View().Topic("t"); ok || m.OutboxEnd(2) == 0 {
+		t.Error("topic not deleted")
+	}
+	if r := do(DeleteTopic{ID: id}); r.Code != NotFound {
+		t.Error(r)
+	}
+}
+
+func FuzzEntry(f *testing.F) {
+	var e Entry
+	e.AddSlot(Slot{Handle: 1, Len: 5})
+	data, _ := e.Cut(1, []byte("hello"), 5, nil)
+	f.Add(data)
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if s, err := DecodeSlots(data); err == nil {
+			for i := range s.Len() {
+				s.At(i)
+			}
+		}
+	})
+}
+
+func FuzzSnapshot(f *testing.F) {
+	m := newMachine(f, 2)
+	m.append(m.batch(0, 3, 1, 0, 0))
+	f.Add(snapshotOf(f, m.s.Freeze()))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		_, _ = RestoreShard(bytes.NewReader(data))
+		_, _ = RestoreMeta(bytes.NewReader(data))
+	})
+}
+
+func BenchmarkApply1000Slots12Partitions(b *testing.B) {
+	m := newMachine(b, 12)
+	var e Entry
+	for i := range 1000 {
+		e.AddSlot(m.batch(i%12, 10, -1, -1, -1))
+	}
+	data, _ := e.Cut(1, make([]byte, 100_000), 5, nil)
+	b.ReportAllocs()
+	for b.Loop() {
+		m.index++
+		m.s.Apply(m.index, 1, data)
+		if m.index%512 == 0 { // as sealing would
+			for _, p := range m.s.parts {
+				p.SealedEnd = p.High
+				m.s.dropHot(p, len(p.Hot), nil)
+			}
+			m.s.trimEntries()
+		}
+	}
+}
+
+func BenchmarkFreeze10000(b *testing.B) {
+	m := newMachine(b, 10_000)
+	for b.Loop() {
+		m.s.Freeze()
+	}
+}
