@@ -450,6 +450,31 @@ func (s *Shard) applySweep(c Sweep) Result {
 	return Result{}
 }
 
+// SweepDue reports whether a Sweep at time now would change anything.
+func (s *Shard) SweepDue(now record.Timestamp, producerMs, offsetsMs int64) bool {
+	for _, n := range s.byUUID {
+		if s.objects[n].ExpiresAt <= now {
+			return true
+		}
+	}
+	for _, g := range s.groups {
+		if offsetsMs > 0 && g.EmptySince != 0 && g.EmptySince < now-record.Timestamp(offsetsMs) {
+			return true
+		}
+	}
+	for _, p := range s.parts {
+		if p == nil {
+			continue
+		}
+		for _, pr := range p.Producers {
+			if pr.At < now-record.Timestamp(producerMs) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 func (s *Shard) expireProducers(before record.Timestamp) {
 	for h := range uint64(len(s.parts)) {
 		p := s.parts[h]

@@ -1,0 +1,123 @@
+package raftmeta
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"github.com/estran/estran/raftmeta/state"
+	"github.com/estran/estran/tiering/record"
+	"github.com/estran/estran/tiering/segment"
+)
+
+// TopicSpec is a topic to be created. The configuration has been checked; Parsed is what shards must know of it.
+type TopicSpec struct {
+	Name              string
+	Partitions        int32
+	ReplicationFactor int16
+	Configs           map[string]string
+	Parsed            state.PartitionConfig
+}
+
+func code(c state.Code) error {
+	switch c {
+	case state.OK, state.Duplicate:
+		return nil
+	case state.Exists:
+		return ErrTopicExists
+	case state.NotFound:
+		return ErrUnknownTopic
+	case state.UnknownPartition:
+		return ErrUnknownPartition
+	case state.OffsetOutOfRange:
+		return ErrOffsetOutOfRange
+	case state.Stale:
+		return fmt.Errorf("%w: stale", ErrInvalid)
+	}
+	return fmt.Errorf("%w: code %d", ErrInvalid, c)
+}
+
+// decide commits a command of meta and waits until the shards have applied what follows from it.
+func (h *Host) decide(ctx context.Context, c state.Command) (state.Result, error) {
+	r, err := h.meta.propose(ctx, c)
+	if err != nil {
+		return r, err
+	}
+	if err := code(r.Code); err != nil {
+		return r, err
+	}
+	return r, h.settle(ctx)
+}
+
+// CreateTopic creates a topic; when it returns, its partitions can be written to.
+func (h *Host) CreateTopic(ctx context.Context, s TopicSpec) (*state.Topic, error) {
+	var id record.TopicID
+	copy(id[:], random(16))
+	id[6], id[8] = id[6]&0x0f|0x40, id[8]&0x3f|0x80 // a version 4 UUID, as Kafka's
+	s.Parsed.Class = segment.ClassForRetention(s.Parsed.RetentionMs, s.Parsed.Compact)
+	r, err := h.decide(ctx, state.CreateTopic{ID: id, Name: s.Name, Partitions: s.Partitions, ReplicationFactor: s.ReplicationFactor, Configs: s.Configs, Config: s.Parsed})
+	if err != nil {
+		return nil, err
+	}
+	return r.Value.(*state.Topic), nil
+}
+
+// DeleteTopic drops a topic; its records are gone when it returns.
+func (h *Host) DeleteTopic(ctx context.Context, id record.TopicID) error {
+	_, err := h.decide(ctx, state.DeleteTopic{ID: id})
+	return err
+}
+
+// CreatePartitions grows a topic to total partitions.
+func (h *Host) CreatePartitions(ctx context.Context, id record.TopicID, total int32) error {
+	_, err := h.decide(ctx, state.CreatePartitions{ID: id, Total: total})
+	return err
+}
+
+// AlterConfigs sets and deletes settings of a topic, or with a zero topic of the cluster. parsed is the topic's configuration after the change.
+func (h *Host) AlterConfigs(ctx context.Context, topic record.TopicID, set map[string]string, del []string, parsed state.PartitionConfig) error {
+	parsed.Class = segment.ClassForRetention(parsed.RetentionMs, parsed.Compact)
+	_, err := h.decide(ctx, state.AlterConfigs{Topic: topic, Set: set, Delete: del, Config: parsed})
+	return err
+}
+
+// DeleteRecords raises a partition's log start to `before` (-1 = the high watermark) and returns it.
+func (h *Host) DeleteRecords(ctx context.Context, tp record.TopicPartition, before record.Offset) (record.Offset, error) {
+	g := h.groupOf(tp)
+	if g == nil {
+		return -1, ErrUnknownPartition
+	}
+	r, err := g.propose(ctx, state.AdvanceLogStart{TP: tp, To: before})
+	if err != nil {
+		return -1, err
+	}
+	if err := code(r.Code); err != nil {
+		return -1, err
+	}
+	return r.Value.(record.Offset), nil
+}
+
+// producerIDBlock is how many IDs are reserved at once: what is left of a block at a restart is never used.
+const producerIDBlock = 1000
+
+type producerIDs struct {
+	mu        sync.Mutex
+	next, end record.ProducerID
+}
+
+// AllocateProducerID returns an ID that no producer of the cluster ever had.
+func (h *Host) AllocateProducerID(ctx context.Context) (record.ProducerID, error) {
+	p := &h.ids
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.next == p.end {
+		r, err := h.meta.propose(ctx, state.AllocateProducerIDs{Count: producerIDBlock})
+		if err != nil {
+			return -1, err
+		}
+		p.next = r.Value.(record.ProducerID)
+		p.end = p.next + producerIDBlock
+	}
+	p.next++
+	return p.next - 1, nil
+}

@@ -1,0 +1,170 @@
+package raftmeta
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/estran/estran/tiering/record"
+)
+
+// Append proposes the batches of a produce request, each in its partition's shard. It has copied all bytes when it returns; it waits while
+// entries are full (back-pressure). done is called exactly once, with a result per batch, when all are decided; it must not block. A batch that
+// was refused before it was proposed makes later batches of the same producer and partition be refused with the same error, until the refused
+// one comes again: else batch 2 could be accepted without batch 1.
+func (h *Host) Append(ctx context.Context, r AppendRequest, done func([]AppendResult)) {
+	call := &appendCall{results: make([]AppendResult, len(r.Batches)), done: done}
+	call.left.Store(int32(len(r.Batches)) + 1)
+	cancel := context.CancelFunc(func() {})
+	limited := ctx
+	for i, b := range r.Batches {
+		err := h.marks.check(b)
+		if err == nil {
+			if limited == ctx && !r.Deadline.IsZero() {
+				limited, cancel = context.WithDeadline(ctx, r.Deadline)
+			}
+			if err = h.appendOne(limited, b, call, i); err != nil {
+				h.marks.refuse(b, err)
+			}
+		}
+		if err != nil {
+			call.results[i] = AppendResult{Err: err, Base: -1, LogStart: -1}
+			call.finish(1)
+		}
+	}
+	cancel()
+	call.finish(1)
+}
+
+func (h *Host) appendOne(ctx context.Context, b AppendBatch, call *appendCall, at int) error {
+	g := h.groupOf(b.TP)
+	if g == nil {
+		return ErrUnknownPartition
+	}
+	g.mu.RLock()
+	handle := g.shard.Handle(b.TP)
+	g.mu.RUnlock()
+	if handle == 0 {
+		return ErrUnknownPartition
+	}
+	if err := h.admit(ctx); err != nil {
+		return err
+	}
+	return g.batcher.add(ctx, handle, b.Batch, call, at)
+}
+
+// FreeBudget is how many bytes of record batches may still be written before the hot budget is used up.
+func (h *Host) FreeBudget() int64 {
+	free := h.cfg.HotMaxBytes
+	for _, g := range h.shards {
+		_, unfree := g.log.Bytes()
+		free -= unfree
+		if g.log.NoSpace() {
+			return 0
+		}
+	}
+	return max(0, free)
+}
+
+// admit lets a record batch in while the budget has room: first slower, then not at all.
+func (h *Host) admit(ctx context.Context) error {
+	free := h.FreeBudget()
+	if free > h.cfg.HotMaxBytes/16 {
+		return nil
+	}
+	if free > 0 { // near the end: each batch waits the longer, the less is left
+		h.metrics.throttled.Inc()
+		near := h.cfg.HotMaxBytes / 16
+		return sleep(ctx, h.stop, time.Duration(near-free)*20*time.Millisecond/time.Duration(near))
+	}
+	for end := time.Now().Add(budgetWait); time.Now().Before(end); {
+		if err := sleep(ctx, h.stop, 20*time.Millisecond); err != nil {
+			break
+		}
+		if h.FreeBudget() > 0 {
+			return nil
+		}
+	}
+	h.metrics.refused.Inc()
+	return ErrBudget
+}
+
+func sleep(ctx context.Context, stop <-chan struct{}, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ErrTimeout
+	case <-stop:
+		return ErrStopped
+	}
+}
+
+const (
+	marksMax = 64 << 10
+	markLife = 2 * time.Minute
+)
+
+// marks remembers batches of idempotent producers that were refused before they were proposed. They never judge a sequence: Apply does.
+type marks struct {
+	mu sync.Mutex
+	m  map[markKey]mark
+}
+
+type markKey struct {
+	tp       record.TopicPartition
+	producer record.ProducerID
+	epoch    record.ProducerEpoch
+}
+
+type mark struct {
+	sequence record.Sequence
+	err      error
+	at       time.Time
+}
+
+// check returns the error of an earlier refusal unless b is the batch that was refused.
+func (k *marks) check(b AppendBatch) error {
+	if b.Batch.ProducerID() < 0 {
+		return nil
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if len(k.m) == 0 {
+		return nil
+	}
+	key := markKey{b.TP, b.Batch.ProducerID(), b.Batch.ProducerEpoch()}
+	m, ok := k.m[key]
+	switch {
+	case !ok:
+		return nil
+	case m.sequence == b.Batch.BaseSequence() || time.Since(m.at) > markLife:
+		delete(k.m, key)
+		return nil
+	}
+	return m.err
+}
+
+func (k *marks) refuse(b AppendBatch, err error) {
+	if b.Batch.ProducerID() < 0 || errors.Is(err, ErrUnknownPartition) || errors.Is(err, ErrTooLarge) {
+		return
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.m == nil {
+		k.m = map[markKey]mark{}
+	}
+	if len(k.m) >= marksMax {
+		for key, m := range k.m {
+			if time.Since(m.at) > markLife {
+				delete(k.m, key)
+			}
+		}
+	}
+	if len(k.m) < marksMax {
+		k.m[markKey{b.TP, b.Batch.ProducerID(), b.Batch.ProducerEpoch()}] = mark{b.Batch.BaseSequence(), err, time.Now()}
+	}
+}

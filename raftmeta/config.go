@@ -1,0 +1,101 @@
+// Package raftmeta hosts the Raft groups of a node: meta and the shards. It proposes, applies and snapshots; it owns the batcher that turns
+// produce requests into entries and the views through which the broker and tiering see the state. Only it and raftlog know hashicorp/raft.
+//
+// The invariant: a success is reported only by Apply of a committed entry.
+package raftmeta
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"time"
+
+	"github.com/estran/estran/raftmeta/raftlog"
+	"github.com/estran/estran/tiering/record"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Config describes a node.
+type Config struct {
+	NodeID  int32
+	DataDir string
+	// Host and Port are what clients are told to connect to; Rack is their client.rack.
+	Host string
+	Port int32
+	Rack string
+	// Shards is the number of shards of a new cluster; later meta knows.
+	Shards uint32
+	// HotMaxBytes bounds log bytes that may not be freed yet, of all groups, as written.
+	HotMaxBytes int64
+	// LocalRetentionBytes of what may be freed are kept as a cache, of all groups.
+	LocalRetentionBytes int64
+	// OffsetsRetention: offsets of a group that has been empty for longer are dropped; 0 = never.
+	OffsetsRetention time.Duration
+	// PeerListener takes connections of other nodes; nil = none. Close closes it.
+	PeerListener net.Listener
+
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
+	// OnLead runs while this node leads a shard, from the application of its LeaderStart until ctx ends; it must return then.
+	OnLead func(ctx context.Context, shard record.ShardID)
+	// OnFatal is told when the node must stop: a failed write, a disk that hangs.
+	OnFatal func(error)
+	// StoreTime returns the object store's time; ok is false if it does not tell.
+	StoreTime func() (t time.Time, ok bool)
+
+	// For tests: the file system, the size of log files and of the memory tail, and the clock.
+	FS        raftlog.FS
+	FileBytes int64
+	TailBytes int64
+	Now       func() time.Time
+}
+
+const (
+	raftTimeout    = 300 * time.Millisecond
+	commitTimeout  = 10 * time.Millisecond
+	proposeTimeout = 30 * time.Second
+	// entryTarget is how large an entry grows while the one before it is being committed; entryBacklog if batches wait. EntryMax bounds a batch.
+	entryTarget  = 1 << 20
+	entryBacklog = 4 << 20
+	// EntryMax is the largest batch that can be appended, in bytes.
+	EntryMax = 8 << 20
+	// controlReserve is what groups' commands may use beyond the budget.
+	groupReserve = 64 << 20
+)
+
+func (c *Config) validate() error {
+	var errs []error
+	if c.NodeID < 1 {
+		errs = append(errs, fmt.Errorf("raftmeta: node ID %d", c.NodeID))
+	}
+	if c.Shards < 1 {
+		errs = append(errs, fmt.Errorf("raftmeta: %d shards", c.Shards))
+	}
+	if c.HotMaxBytes < 1<<20 {
+		errs = append(errs, fmt.Errorf("raftmeta: hot budget of %d bytes", c.HotMaxBytes))
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Registerer == nil {
+		c.Registerer = prometheus.NewRegistry()
+	}
+	if c.OnLead == nil {
+		c.OnLead = func(context.Context, record.ShardID) {}
+	}
+	if c.OnFatal == nil {
+		c.OnFatal = func(error) {}
+	}
+	if c.StoreTime == nil {
+		c.StoreTime = func() (time.Time, bool) { return time.Time{}, false }
+	}
+	if c.FS == nil {
+		c.FS = raftlog.OS{}
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,117 @@
+package raftmeta
+
+import (
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+// Errors of opening a data directory.
+var (
+	// ErrLocked: another process has the directory open.
+	ErrLocked = errors.New("data directory is in use by another process")
+	// ErrForeign: the directory holds something else, or another node.
+	ErrForeign = errors.New("data directory is not this node's")
+)
+
+const (
+	identityFile    = "node.json"
+	identityVersion = 1
+)
+
+// identity is who the data directory belongs to. It is written once.
+type identity struct {
+	Version     int
+	ClusterID   string
+	NodeID      int32
+	Incarnation string
+}
+
+func (i identity) serverID() string { return fmt.Sprintf("%d.%s", i.NodeID, i.Incarnation) }
+
+// openDataDir locks the directory and reads or makes its identity; fresh tells which.
+func openDataDir(dir string, nodeID int32) (id identity, lock *os.File, fresh bool, err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return id, nil, false, err
+	}
+	lock, err = os.OpenFile(filepath.Join(dir, "LOCK"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return id, nil, false, err
+	}
+	if err := lockFile(lock); err != nil {
+		return id, nil, false, errors.Join(fmt.Errorf("%s: %w", dir, ErrLocked), lock.Close())
+	}
+	id, fresh, err = readIdentity(dir, nodeID)
+	if err != nil {
+		return id, nil, false, errors.Join(err, lock.Close())
+	}
+	return id, lock, fresh, nil
+}
+
+func readIdentity(dir string, nodeID int32) (id identity, fresh bool, err error) {
+	path := filepath.Join(dir, identityFile)
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			return id, false, err
+		}
+		for _, e := range entries {
+			if n := e.Name(); n != "LOCK" && n != identityFile+".tmp" && n != "objects" && n != "lost+found" {
+				return id, false, fmt.Errorf("%s holds %q but no %s: %w", dir, n, identityFile, ErrForeign)
+			}
+		}
+		id = identity{Version: identityVersion, ClusterID: base64.RawURLEncoding.EncodeToString(random(16)), NodeID: nodeID, Incarnation: hex.EncodeToString(random(8))}
+		return id, true, writeIdentity(path, id)
+	}
+	if err != nil {
+		return id, false, err
+	}
+	if err := json.Unmarshal(b, &id); err != nil {
+		return id, false, fmt.Errorf("%s: %w", path, err)
+	}
+	if id.Version != identityVersion {
+		return id, false, fmt.Errorf("%s is of version %d, this program knows %d: %w", path, id.Version, identityVersion, ErrForeign)
+	}
+	if id.NodeID != nodeID {
+		return id, false, fmt.Errorf("%s belongs to node %d, this is node %d: %w", dir, id.NodeID, nodeID, ErrForeign)
+	}
+	return id, false, nil
+}
+
+func random(n int) []byte {
+	b := make([]byte, n)
+	_, _ = rand.Read(b) // never fails
+	return b
+}
+
+func writeIdentity(path string, id identity) error {
+	b, err := json.MarshalIndent(id, "", "  ")
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path+".tmp", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(append(b, '\n'))
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(path+".tmp", path); err != nil {
+		return err
+	}
+	d, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

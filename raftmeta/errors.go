@@ -1,0 +1,24 @@
+package raftmeta
+
+import "errors"
+
+// Why an operation failed. The first group is definite: nothing was appended or changed.
+var (
+	ErrNotLeader            = errors.New("raftmeta: not the leader")
+	ErrUnknownPartition     = errors.New("raftmeta: unknown partition")
+	ErrUnknownTopic         = errors.New("raftmeta: unknown topic")
+	ErrTopicExists          = errors.New("raftmeta: topic exists")
+	ErrInvalid              = errors.New("raftmeta: invalid request")
+	ErrNoQuorum             = errors.New("raftmeta: no quorum")
+	ErrBudget               = errors.New("raftmeta: hot budget is used up")
+	ErrOutOfOrderSequence   = errors.New("raftmeta: out of order sequence")
+	ErrInvalidProducerEpoch = errors.New("raftmeta: invalid producer epoch")
+	ErrOffsetOutOfRange     = errors.New("raftmeta: offset out of range")
+	ErrNotFound             = errors.New("raftmeta: not found")
+	ErrStopped              = errors.New("raftmeta: stopped")
+	ErrTooLarge             = errors.New("raftmeta: batch is larger than an entry may be")
+
+	// ErrTimeout and ErrUnknownOutcome: the change may have happened or may still happen.
+	ErrTimeout        = errors.New("raftmeta: timed out")
+	ErrUnknownOutcome = errors.New("raftmeta: outcome unknown")
+)

@@ -1,0 +1,414 @@
+package raftmeta
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/estran/estran/raftmeta/raftlog"
+	"github.com/estran/estran/raftmeta/state"
+	"github.com/estran/estran/tiering/record"
+	"github.com/hashicorp/raft"
+)
+
+// machine is a group's state machine as the FSM drives it. Its methods are called with group.mu held for writing, except write.
+type machine interface {
+	apply(index, term uint64, data []byte) outcome
+	freeze() frozen
+	restore(r io.Reader) error
+	// oldestHot is the index of the oldest entry that is still needed; MaxUint64 if none.
+	oldestHot() uint64
+	leader() state.LeaderStart
+}
+
+// frozen is a state that can be written while the machine goes on.
+type frozen interface {
+	WriteTo(w io.Writer) (int64, error)
+	Index() state.RaftIndex
+}
+
+// outcome is what Apply returns to the batcher. It owns its slices.
+type outcome struct {
+	appends []state.AppendResult
+	results []state.Result
+	dirty   []record.TopicPartition
+	dropped []state.DroppedRef
+	void    bool
+}
+
+// group is one Raft group of this node.
+type group struct {
+	id   record.ShardID
+	host *Host
+	log_ *slog.Logger
+
+	log     *raftlog.Log
+	stable  *raftlog.Stable
+	snaps   *raftlog.Snapshots
+	raft    *raft.Raft
+	trans   *loner
+	batcher *batcher
+	clock   *clock
+	metrics *groupMetrics
+
+	mu      sync.RWMutex // guards the machine: Apply holds it for writing, readers for reading
+	machine machine
+	shard   *state.Shard // of a shard; nil for meta
+	meta    *state.Meta  // of meta; nil for a shard
+
+	applied atomic.Uint64 // last index that the machine has seen, of any type
+	leads   atomic.Uint64 // term whose LeaderStart was applied and that this node leads; 0 = none
+	changed chan struct{} // poked when something was applied
+
+	snapMu    sync.Mutex // a local snapshot and an install never overlap
+	snapBytes atomic.Int64
+	snapAt    atomic.Int64 // Log.written position, as bytes above the base, at the last snapshot
+
+	watch  watchers
+	recent recentIndex
+
+	notify chan bool
+	stop   chan struct{}
+	wg     sync.WaitGroup
+}
+
+func openGroup(h *Host, id record.ShardID, dir string) (*group, error) {
+	g := &group{id: id, host: h, log_: h.cfg.Logger.With("component", "raft", "group", id), notify: make(chan bool, 16), stop: make(chan struct{}),
+		changed: make(chan struct{}, 1)}
+	g.metrics = h.metrics.group(id)
+	g.clock = newClock(h.cfg.Now, h.cfg.StoreTime, h.cfg.Logger)
+	g.batcher = newBatcher(g)
+	g.watch.init()
+	if id == 0 {
+		g.meta = state.NewMeta()
+		g.machine = &metaMachine{g}
+	} else {
+		g.shard = state.NewShard(id)
+		g.machine = &shardMachine{g}
+	}
+	if err := g.openStores(dir); err != nil {
+		return nil, errors.Join(err, g.closeStores())
+	}
+	if err := g.openRaft(); err != nil {
+		return nil, errors.Join(err, g.closeStores())
+	}
+	g.wg.Go(g.batcher.run)
+	g.wg.Go(g.leadership)
+	g.wg.Go(g.snapshotLoop)
+	g.trans.electNow()
+	return g, nil
+}
+
+func (g *group) openStores(dir string) error {
+	c := &g.host.cfg
+	var err error
+	retention := int64(0)
+	if g.id != 0 {
+		retention = c.LocalRetentionBytes / int64(max(1, g.host.shardCount))
+	}
+	tail := c.TailBytes
+	if g.id == 0 && tail == 0 {
+		tail = 1 << 20
+	}
+	if g.log, err = raftlog.Open(raftlog.Config{Dir: dir, Group: uint32(g.id), FS: c.FS, FileBytes: c.FileBytes, TailBytes: tail, LocalRetention: retention,
+		OnFatal: c.OnFatal, Logger: c.Logger, Metrics: g.metrics.log}); err != nil {
+		return err
+	}
+	if g.stable, err = raftlog.OpenStable(c.FS, dir, c.OnFatal); err != nil {
+		return err
+	}
+	if g.snaps, err = raftlog.OpenSnapshots(g.log); err != nil {
+		return err
+	}
+	last, err := g.log.LastIndex()
+	if err != nil {
+		return err
+	}
+	if g.stable.Empty() && last > 0 {
+		return fmt.Errorf("%w: %s has a log but no term: the directory is incomplete", ErrForeign, filepath.Base(dir))
+	}
+	return nil
+}
+
+func (g *group) closeStores() error {
+	var errs []error
+	if g.log != nil {
+		errs = append(errs, g.log.Close())
+	}
+	if g.stable != nil {
+		errs = append(errs, g.stable.Close())
+	}
+	return errors.Join(errs...)
+}
+
+func (g *group) openRaft() error {
+	id := g.host.identity.serverID()
+	g.trans = newLoner(id)
+	cfg := raft.DefaultConfig()
+	cfg.LocalID = raft.ServerID(id)
+	cfg.HeartbeatTimeout, cfg.ElectionTimeout, cfg.LeaderLeaseTimeout = raftTimeout, raftTimeout, raftTimeout
+	cfg.CommitTimeout = commitTimeout
+	cfg.SnapshotThreshold, cfg.SnapshotInterval, cfg.TrailingLogs = math.MaxUint64, 10*365*24*time.Hour, 0 // our own trigger decides
+	cfg.NotifyCh = g.notify
+	cfg.NoLegacyTelemetry = true
+	cfg.Logger = newHclog(g.log_)
+	has, err := raft.HasExistingState(g.log, g.stable, g.snaps.All())
+	if err != nil {
+		return fmt.Errorf("raftmeta: %w", err)
+	}
+	if !has {
+		first := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(id), Address: raft.ServerAddress(id)}}}
+		if err := raft.BootstrapCluster(cfg, g.log, g.stable, g.snaps.All(), g.trans, first); err != nil {
+			return fmt.Errorf("raftmeta: bootstrapping group %d: %w", g.id, err)
+		}
+	}
+	g.raft, err = raft.NewRaft(cfg, &fsm{g}, g.log, g.stable, g.snaps.Store(), g.trans)
+	if err != nil {
+		return fmt.Errorf("raftmeta: opening group %d: %w", g.id, err)
+	}
+	return nil
+}
+
+// leadership follows raft's word on who leads. raft blocks on notify, so this loop never waits for raft.
+func (g *group) leadership() {
+	var cancel context.CancelFunc
+	var lead sync.WaitGroup
+	end := func() {
+		g.leads.Store(0)
+		if cancel != nil {
+			cancel()
+			cancel = nil
+		}
+		g.batcher.follow()
+		lead.Wait()
+	}
+	defer end()
+	for {
+		select {
+		case <-g.stop:
+			return
+		case leads := <-g.notify:
+			end()
+			if !leads {
+				g.log_.Info("leadership lost", "event", "leader.lost")
+				continue
+			}
+			cancel = g.startLead(&lead)
+		}
+	}
+}
+
+func (g *group) startLead(wg *sync.WaitGroup) context.CancelFunc {
+	ctx, cancel := context.WithCancel(context.Background())
+	term := g.raft.CurrentTerm()
+	wg.Go(func() { g.lead(ctx, term) })
+	return cancel
+}
+
+// lead proposes this term's LeaderStart and, when it has been applied, runs what a leader does until ctx ends.
+func (g *group) lead(ctx context.Context, term uint64) {
+	g.batcher.lead(term)
+	applied := make(chan error, 1)
+	g.batcher.command(state.LeaderStart{Term: state.Term(term), Node: g.host.cfg.NodeID}, true, func(_ state.Result, err error) { applied <- err })
+	if err := <-applied; err != nil {
+		if ctx.Err() == nil {
+			g.log_.Warn("the start of a term was not committed", "term", term, "err", err)
+		}
+		return
+	}
+	g.leads.Store(term)
+	g.batcher.started(term)
+	g.log_.Info("leading", "event", "leader.elected", "term", term)
+	g.host.poke()
+	if g.id != 0 {
+		g.host.cfg.OnLead(ctx, g.id)
+	}
+	<-ctx.Done()
+}
+
+// propose commits one command and returns its result.
+func (g *group) propose(ctx context.Context, c state.Command) (state.Result, error) {
+	type answer struct {
+		r   state.Result
+		err error
+	}
+	ch := make(chan answer, 1)
+	g.batcher.command(c, false, func(r state.Result, err error) { ch <- answer{r, err} })
+	select {
+	case a := <-ch:
+		return a.r, a.err
+	case <-ctx.Done():
+		return state.Result{}, fmt.Errorf("%w: %T", ErrUnknownOutcome, c)
+	}
+}
+
+func (g *group) appendResult(r state.AppendResult) AppendResult {
+	out := AppendResult{Base: r.Base, LogStart: r.LogStart}
+	switch r.Code {
+	case state.OK, state.Duplicate:
+	case state.OutOfOrderSequence:
+		out.Err = ErrOutOfOrderSequence
+	case state.InvalidProducerEpoch:
+		out.Err = ErrInvalidProducerEpoch
+	case state.UnknownPartition:
+		out.Err = ErrUnknownPartition
+	default:
+		out.Err = fmt.Errorf("%w: code %d", ErrInvalid, r.Code)
+	}
+	return out
+}
+
+// close stops the group. The callers of what is not decided learn that they do not know.
+func (g *group) close() error {
+	close(g.stop)
+	g.batcher.close()
+	err := g.raft.Shutdown().Error()
+	g.wg.Wait()
+	return errors.Join(err, g.closeStores())
+}
+
+func isTermMismatch(err error) bool { return errors.Is(err, raftlog.ErrTermMismatch) }
+
+// fsm is raft's view of the group.
+type fsm struct{ g *group }
+
+var _ raft.BatchingFSM = (*fsm)(nil)
+
+// Apply implements raft.FSM; raft uses ApplyBatch.
+func (f *fsm) Apply(l *raft.Log) any { return f.ApplyBatch([]*raft.Log{l})[0] }
+
+// ApplyBatch implements raft.BatchingFSM. It never looks at Extensions.
+func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
+	g := f.g
+	out := make([]any, len(logs))
+	g.mu.Lock()
+	for i, l := range logs {
+		if l.Type != raft.LogCommand {
+			continue
+		}
+		o := g.machine.apply(l.Index, l.Term, l.Data)
+		if o.void {
+			g.metrics.voids.Inc()
+			g.log_.Error("entry of another term applied as void", "index", l.Index, "term", l.Term)
+		}
+		out[i] = o
+		if !l.AppendedAt.IsZero() {
+			g.metrics.commit.Observe(time.Since(l.AppendedAt).Seconds())
+		}
+	}
+	oldest := g.machine.oldestHot()
+	g.mu.Unlock()
+	last := logs[len(logs)-1].Index
+	g.applied.Store(last)
+	for _, o := range out {
+		if o, ok := o.(outcome); ok {
+			g.recent.add(o.dropped)
+			g.watch.wake(o.dirty)
+		}
+	}
+	if err := g.snaps.Applied(last, oldest); err != nil {
+		g.host.cfg.OnFatal(err)
+	}
+	g.metrics.applied.Add(float64(len(logs)))
+	select {
+	case g.changed <- struct{}{}:
+	default:
+	}
+	g.host.poke()
+	return out
+}
+
+// Snapshot implements raft.FSM: pointer work only.
+func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
+	f.g.mu.Lock()
+	defer f.g.mu.Unlock()
+	return &fsmSnapshot{f.g, f.g.machine.freeze()}, nil
+}
+
+// Restore implements raft.FSM.
+func (f *fsm) Restore(r io.ReadCloser) error {
+	defer r.Close()
+	f.g.mu.Lock()
+	defer f.g.mu.Unlock()
+	return f.g.machine.restore(r)
+}
+
+type fsmSnapshot struct {
+	g *group
+	f frozen
+}
+
+// Persist implements raft.FSMSnapshot.
+func (s *fsmSnapshot) Persist(sink raft.SnapshotSink) error {
+	n, err := s.f.WriteTo(sink)
+	if err != nil {
+		return errors.Join(err, sink.Cancel())
+	}
+	s.g.snapBytes.Store(n)
+	return sink.Close()
+}
+
+// Release implements raft.FSMSnapshot.
+func (*fsmSnapshot) Release() {}
+
+type metaMachine struct{ g *group }
+
+func (m *metaMachine) apply(index, term uint64, data []byte) outcome {
+	out := outcome{results: m.g.meta.Apply(state.RaftIndex(index), state.Term(term), data)}
+	out.void = out.results == nil
+	m.g.host.cluster.Store(m.g.meta.View())
+	return out
+}
+
+func (m *metaMachine) freeze() frozen { f := m.g.meta.Freeze(); return &f }
+
+func (m *metaMachine) restore(r io.Reader) error {
+	s, err := state.RestoreMeta(r)
+	if err != nil {
+		return err
+	}
+	m.g.meta = s
+	m.g.host.cluster.Store(s.View())
+	return nil
+}
+
+func (m *metaMachine) oldestHot() uint64         { return math.MaxUint64 }
+func (m *metaMachine) leader() state.LeaderStart { return m.g.meta.Leader() }
+
+type shardMachine struct{ g *group }
+
+func (m *shardMachine) apply(index, term uint64, data []byte) outcome {
+	a := m.g.shard.Apply(state.RaftIndex(index), state.Term(term), data)
+	return outcome{slices.Clone(a.Appends), a.Results, slices.Clone(a.Dirty), a.Dropped, a.Void}
+}
+
+func (m *shardMachine) freeze() frozen { f := m.g.shard.Freeze(); return &f }
+
+func (m *shardMachine) restore(r io.Reader) error {
+	s, err := state.RestoreShard(r)
+	if err != nil {
+		return err
+	}
+	if s.ID() != m.g.id {
+		return fmt.Errorf("raftmeta: snapshot of shard %d restored into %d", s.ID(), m.g.id)
+	}
+	m.g.shard = s
+	return nil
+}
+
+func (m *shardMachine) oldestHot() uint64 {
+	if i, _, ok := m.g.shard.OldestHot(); ok {
+		return uint64(i)
+	}
+	return math.MaxUint64
+}
+
+func (m *shardMachine) leader() state.LeaderStart { return m.g.shard.Leader() }
