@@ -33,6 +33,15 @@ func (h *Host) Bounds(tp record.TopicPartition) (tiering.Bounds, bool) {
 	return boundsOf(&i), ok
 }
 
+// ShardOf implements tiering.Catalog.
+func (h *Host) ShardOf(tp record.TopicPartition) (record.ShardID, bool) {
+	g := h.groupOf(tp)
+	if g == nil {
+		return 0, false
+	}
+	return g.id, true
+}
+
 func boundsOf(i *state.PartitionInfo) tiering.Bounds {
 	return tiering.Bounds{LogStart: i.LogStart, SealedEnd: i.SealedEnd, HighWatermark: i.HighWatermark, LastStable: i.LastStableOffset}
 }
@@ -55,16 +64,57 @@ func (h *Host) Runs(tp record.TopicPartition, from record.Offset, max int) []tie
 	return out
 }
 
-// Clock implements tiering.Catalog.
+// Clock implements tiering.Catalog: the replicated clock, or this node's where that stands still because nothing was written.
 func (h *Host) Clock(s record.ShardID) (record.Timestamp, bool) {
 	g := h.shardByID(s)
 	if g == nil {
 		return 0, false
 	}
+	now := g.clock.stamp()
+	if now == 0 {
+		return 0, false
+	}
 	g.mu.RLock()
-	now := g.shard.Clock()
-	g.mu.RUnlock()
-	return now, g.clock.trusted() && now > 0
+	defer g.mu.RUnlock()
+	return max(now, g.shard.Clock()), true
+}
+
+// HotRange implements tiering.Catalog.
+func (h *Host) HotRange(tp record.TopicPartition) (tiering.HotRange, bool) {
+	g := h.groupOf(tp)
+	if g == nil {
+		return tiering.HotRange{}, false
+	}
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	p, ok := g.shard.Partition(tp)
+	if !ok {
+		return tiering.HotRange{}, false
+	}
+	return g.hotRange(&p)
+}
+
+// hotRange describes what a partition has to seal. group.mu is held.
+func (g *group) hotRange(p *state.PartitionInfo) (tiering.HotRange, bool) {
+	if p.HighWatermark <= p.SealedEnd {
+		return tiering.HotRange{}, false
+	}
+	refs := g.shard.HotRefs(p.TP, p.SealedEnd, 1, nil)
+	if len(refs) == 0 {
+		return tiering.HotRange{}, false
+	}
+	return tiering.HotRange{TP: p.TP, Start: p.SealedEnd, End: p.HighWatermark - 1, Bytes: p.HotBytes, Class: p.Config.Class, Oldest: refs[0].At,
+		Epochs: g.shard.Epochs(p.TP)}, true
+}
+
+// Pinned implements tiering.Catalog.
+func (h *Host) Pinned(s record.ShardID) int64 {
+	g := h.shardByID(s)
+	if g == nil {
+		return 0
+	}
+	_, unfree := g.log.Bytes()
+	return unfree
 }
 
 // HotBytes implements tiering.Catalog.
@@ -113,15 +163,10 @@ func (h *Host) BeginRound(_ context.Context, s record.ShardID) ([]tiering.HotRan
 	defer g.mu.RUnlock()
 	var out []tiering.HotRange
 	for p := range g.shard.Partitions() {
-		if p.HighWatermark <= p.SealedEnd {
-			continue
+		if r, ok := g.hotRange(&p); ok {
+			r.Producers = g.shard.Producers(p.TP)
+			out = append(out, r)
 		}
-		refs := g.shard.HotRefs(p.TP, p.SealedEnd, 1, nil)
-		if len(refs) == 0 {
-			continue
-		}
-		out = append(out, tiering.HotRange{TP: p.TP, Start: p.SealedEnd, End: p.HighWatermark - 1, Bytes: p.HotBytes, Class: p.Config.Class, Oldest: refs[0].At,
-			Epochs: g.shard.Epochs(p.TP), Producers: g.shard.Producers(p.TP)})
 	}
 	slices.SortFunc(out, func(a, b tiering.HotRange) int {
 		if c := slices.Compare(a.TP.Topic[:], b.TP.Topic[:]); c != 0 {
@@ -348,18 +393,13 @@ func (h *Host) Sweep(ctx context.Context, s record.ShardID) error {
 		return nil
 	}
 	g.mu.RLock()
-	due := g.shard.SweepDue(h.wall(now), producerExpiry.Milliseconds(), h.cfg.OffsetsRetention.Milliseconds())
+	due := g.shard.SweepDue(now, producerExpiry.Milliseconds(), h.cfg.OffsetsRetention.Milliseconds())
 	g.mu.RUnlock()
 	if !due {
 		return nil
 	}
 	_, err := g.propose(ctx, state.Sweep{ProducerMs: producerExpiry.Milliseconds(), OffsetsMs: h.cfg.OffsetsRetention.Milliseconds()})
 	return err
-}
-
-// wall is the time that the next entry will carry; an idle shard's clock stands still.
-func (h *Host) wall(now record.Timestamp) record.Timestamp {
-	return max(now, record.Timestamp(h.cfg.Now().UnixMilli()))
 }
 
 // Doomed implements tiering.Catalog.

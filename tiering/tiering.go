@@ -123,10 +123,16 @@ const (
 // Catalog is the replicated state that sealing and retention read and change. Changes return when they are committed. Safe for concurrent use.
 type Catalog interface {
 	Bounds(tp record.TopicPartition) (Bounds, bool)
+	// ShardOf is the shard that a partition lives in.
+	ShardOf(tp record.TopicPartition) (record.ShardID, bool)
 	// Runs returns up to max runs from the one that holds `from`, or the first behind it.
 	Runs(tp record.TopicPartition, from record.Offset, max int) []RunRef
-	// Clock is the shard's replicated clock; trusted is false while nothing may expire by it.
+	// Clock is the time that the shard goes by; trusted is false while nothing may expire by it.
 	Clock(s record.ShardID) (now record.Timestamp, trusted bool)
+	// HotRange is what a partition has that is not sealed; ok is false if it has nothing.
+	HotRange(tp record.TopicPartition) (r HotRange, ok bool)
+	// Pinned is how much log the shard's hot batches keep from being freed, as written.
+	Pinned(s record.ShardID) int64
 	// HotBytes is how much a shard has that is not sealed.
 	HotBytes(s record.ShardID) int64
 	// WaitHot returns nil when HotBytes is at least `bytes` or the time has come.

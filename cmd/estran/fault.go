@@ -18,13 +18,13 @@ const (
 // fault is an error as a person reads it: what failed and with which value, where the value came from, what to do, and a
 // stable code for scripts.
 type fault struct {
-	Code   string // E_…; stable
-	What   string // one line, with the value that failed
+	Code    string // E_…; stable
+	What    string // one line, with the value that failed
 	Excerpt string // source excerpt, already formatted; "" if none
-	Notes  []note // "seen", "held by", "from"…
-	Fix    string // what to do about it
-	Exit   int
-	Err    error // the cause, for errors.Is
+	Notes   []note // "seen", "held by", "from"…
+	Fix     string // what to do about it
+	Exit    int
+	Err     error // the cause, for errors.Is
 }
 
 type note struct{ key, text string }

@@ -177,6 +177,9 @@ func (p *filler) make(gen uint64, size int64, old *logFile) (*logFile, error) {
 			err = zeroFill(f, size)
 		}
 		if err == nil {
+			err = f.Sync() // a valid header must mean that the whole file is there
+		}
+		if err == nil {
 			if _, err = f.WriteAt(encodeFileHeader(p.l.cfg.Group, gen, size), 0); err == nil {
 				err = f.Sync()
 			}

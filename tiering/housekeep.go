@@ -1,0 +1,134 @@
+package tiering
+
+import (
+	"context"
+	"time"
+
+	"github.com/estran/estran/tiering/record"
+	"github.com/estran/estran/tiering/segment"
+)
+
+const (
+	// advancePerPass bounds the log starts that one pass moves: a wrong decision must not delete everything at once.
+	advancePerPass = 1000
+	deletePerPass  = 1000
+	runsPerLook    = 256
+	dayMs          = 24 * 60 * 60 * 1000
+)
+
+// housekeep keeps retention and deletes what nothing refers to, until ctx ends.
+func (t *Tiering) housekeep(ctx context.Context, s record.ShardID) {
+	late := map[segment.Number]bool{} // swept uploads that were deleted once
+	for wait(ctx, t.cfg.HousekeepEvery) {
+		now, trusted := t.cat.Clock(s)
+		if !trusted {
+			continue // nothing expires by a clock that may be wrong
+		}
+		t.retain(ctx, s, now)
+		if err := t.cat.Sweep(ctx, s); err != nil && ctx.Err() == nil {
+			t.cfg.Logger.Warn("sweep failed", "component", "tier", "shard", s, "err", err)
+		}
+		t.collectGarbage(ctx, s, now, late)
+	}
+}
+
+// retain moves log starts by time and size.
+func (t *Tiering) retain(ctx context.Context, s record.ShardID, now record.Timestamp) {
+	moved := 0
+	for _, p := range t.cat.Partitions(s) {
+		if ctx.Err() != nil || moved >= advancePerPass {
+			return
+		}
+		to := t.logStartOf(&p, now)
+		if to <= p.LogStart {
+			continue
+		}
+		if err := t.cat.AdvanceLogStart(ctx, p.TP, to); err != nil {
+			t.cfg.Logger.Warn("cannot advance a log start", "component", "tier", "partition", p.TP, "to", to, "err", err)
+			continue
+		}
+		moved++
+		t.cfg.Logger.Info("records expired", "event", "retention.applied", "component", "tier", "partition", p.TP, "from", p.LogStart, "to", to)
+	}
+}
+
+// logStartOf decides where a partition's log should begin. It goes run by run: a run goes as a whole, when all of it is expired or when what remains
+// is still enough.
+func (t *Tiering) logStartOf(p *PartitionStatus, now record.Timestamp) record.Offset {
+	to := p.LogStart
+	if p.Compact || p.RetentionMs < 0 && p.RetentionBytes < 0 || p.HighWatermark == p.LogStart {
+		return to
+	}
+	left := p.SealedBytes + p.HotBytes
+	for {
+		runs := t.cat.Runs(p.TP, to, runsPerLook)
+		for _, r := range runs {
+			expired := p.RetentionMs >= 0 && expiryOf(p, &r) < now
+			surplus := p.RetentionBytes >= 0 && left-r.Run.SizeBytes >= p.RetentionBytes
+			if !expired && !surplus {
+				return to
+			}
+			left -= r.Run.SizeBytes
+			to = r.Run.EndOffset + 1
+		}
+		if len(runs) < runsPerLook {
+			break
+		}
+	}
+	// Everything sealed is gone. What is hot and as old is dropped without ever being uploaded.
+	if p.RetentionMs >= 0 && p.HotBytes > 0 && p.MaxTimestamp+record.Timestamp(p.RetentionMs) < now {
+		return p.HighWatermark
+	}
+	return to
+}
+
+// expiryOf is when a run may go: by its largest timestamp, and whatever the records say, when its class is over.
+func expiryOf(p *PartitionStatus, r *RunRef) record.Timestamp {
+	at := r.Run.MaxTimestamp + record.Timestamp(p.RetentionMs)
+	if c := r.Object.Plan.Class; c != segment.ClassKeep {
+		at = min(at, r.Object.UploadedAt+record.Timestamp(c.Days()*dayMs))
+	}
+	return at
+}
+
+// collectGarbage deletes objects whose grace is over. A swept upload is deleted twice, since its PUT may end late.
+func (t *Tiering) collectGarbage(ctx context.Context, s record.ShardID, now record.Timestamp, late map[segment.Number]bool) {
+	var gone []segment.Number
+	n := 0
+	for _, o := range t.cat.Doomed(s) {
+		if ctx.Err() != nil || n >= deletePerPass {
+			break
+		}
+		swept := o.Size == 0 // never committed: no reader can know it
+		grace := t.cfg.Grace
+		if swept {
+			grace = 0
+			if late[o.Number] {
+				grace = t.cfg.LateDelete
+			}
+		}
+		if o.Since+record.Timestamp(grace/time.Millisecond) > now {
+			continue
+		}
+		n++
+		if err := t.bucket.Delete(ctx, o.Key()); err != nil {
+			t.m.deleted.WithLabelValues("failed").Inc()
+			t.cfg.Logger.Warn("cannot delete an object", "component", "tier", "key", o.Key(), "err", err)
+			continue
+		}
+		t.m.deleted.WithLabelValues("deleted").Inc()
+		if swept && !late[o.Number] {
+			late[o.Number] = true
+			if t.cfg.LateDelete > 0 {
+				continue
+			}
+		}
+		delete(late, o.Number)
+		gone = append(gone, o.Number)
+	}
+	if len(gone) > 0 {
+		if err := t.cat.Forget(ctx, s, gone); err != nil && ctx.Err() == nil {
+			t.cfg.Logger.Warn("cannot forget deleted objects", "component", "tier", "shard", s, "err", err)
+		}
+	}
+}

@@ -1,0 +1,448 @@
+package tiering
+
+import (
+	"container/list"
+	"context"
+	"errors"
+	"fmt"
+	"sort"
+	"sync"
+
+	"github.com/estran/estran/objstore"
+	"github.com/estran/estran/tiering/record"
+	"github.com/estran/estran/tiering/segment"
+)
+
+const (
+	// chunkBytes is the size of a GET of sealed data, but for the end of a run.
+	chunkBytes = 2 << 20
+	// aheadMax is how many chunks are fetched ahead of a sequential reader.
+	aheadMax = 4
+	// streamsMax bounds the readers that are remembered.
+	streamsMax = 4096
+)
+
+// Reader reads a partition as one log, whatever tier its bytes are in. Safe for concurrent use.
+type Reader struct {
+	cfg    Config
+	hot    HotLog
+	cat    Catalog
+	bucket objstore.Bucket
+	m      *metrics
+	cache  *cache
+	gets   chan struct{}
+
+	mu      sync.Mutex
+	streams map[record.TopicPartition]*list.Element
+	recent  *list.List // of *stream
+}
+
+// stream remembers where a partition was last read from objects, to fetch ahead of sequential readers.
+type stream struct {
+	tp    record.TopicPartition
+	next  record.Offset
+	ahead int
+}
+
+// NewReader returns a Reader; t gives settings and metrics.
+func NewReader(t *Tiering, hot HotLog) *Reader {
+	return &Reader{cfg: t.cfg, hot: hot, cat: t.cat, bucket: t.bucket, m: t.m, cache: newCache(t.cfg.CacheBytes, t.m), gets: make(chan struct{}, t.cfg.ColdReads),
+		streams: map[record.TopicPartition]*list.Element{}, recent: list.New()}
+}
+
+// Close ends fetches that are under way.
+func (r *Reader) Close() { r.cache.close() }
+
+// Read returns whole batches from the one that holds `from` on. Below the log start and above the high watermark it fails with ErrOutOfRange; at
+// or above l.UpTo the result is empty. If bytes must come from the object store and are not there when ctx ends, the result is empty too: the fetch goes on and
+// a later Read finds them. An offset is never skipped: what cannot be read is ErrStorage.
+func (r *Reader) Read(ctx context.Context, tp record.TopicPartition, from record.Offset, l Limits) (Result, error) {
+	b, ok := r.cat.Bounds(tp)
+	switch {
+	case !ok:
+		return Result{}, ErrUnknownPartition
+	case from < b.LogStart || from > b.HighWatermark:
+		return Result{}, fmt.Errorf("%w: %d, the log is %d to %d", ErrOutOfRange, from, b.LogStart, b.HighWatermark)
+	case from >= l.UpTo:
+		return Result{Next: from}, nil
+	}
+	res, err := r.hot.ReadHot(ctx, tp, from, l)
+	if !errors.Is(err, ErrNotLocal) {
+		return res, err
+	}
+	res, err = r.readObjects(ctx, tp, from, l)
+	if err == nil || ctx.Err() != nil {
+		if ctx.Err() != nil && err != nil {
+			return Result{Next: from, Tier: TierObject}, nil
+		}
+		return res, err
+	}
+	// The object may have gone since the manifest was read: look once more.
+	if b, ok = r.cat.Bounds(tp); !ok {
+		return Result{}, ErrUnknownPartition
+	} else if from < b.LogStart {
+		return Result{}, fmt.Errorf("%w: %d, the log is %d to %d", ErrOutOfRange, from, b.LogStart, b.HighWatermark)
+	}
+	if res, again := r.readObjects(ctx, tp, from, l); again == nil {
+		return res, nil
+	}
+	if hot, herr := r.hot.ReadHot(ctx, tp, from, l); herr == nil {
+		return hot, nil
+	}
+	r.cfg.Logger.Error("sealed data cannot be read", "component", "tier", "partition", tp, "offset", from, "err", err)
+	return Result{}, fmt.Errorf("%w: %s at offset %d: %w", ErrStorage, tp, from, err)
+}
+
+// readObjects reads from the chunk that holds `from`, and goes on through chunks that are already here.
+func (r *Reader) readObjects(ctx context.Context, tp record.TopicPartition, from record.Offset, l Limits) (Result, error) {
+	res := Result{Next: from, Tier: TierObject}
+	ahead := r.sequential(tp, from)
+	for {
+		runs := r.cat.Runs(tp, res.Next, 2)
+		if len(runs) == 0 || runs[0].Run.StartOffset > res.Next {
+			if res.Bytes > 0 {
+				break
+			}
+			return res, fmt.Errorf("no run holds offset %d", res.Next)
+		}
+		c, k, err := r.chunkAt(ctx, &runs[0], res.Next, res.Bytes > 0)
+		if err != nil {
+			if res.Bytes > 0 {
+				break
+			}
+			return res, err
+		}
+		if c == nil { // not here yet: answer with what there is
+			r.prefetch(tp, runs, k, ahead)
+			break
+		}
+		before := res.Next
+		full, err := take(c.data, l, &res)
+		if err != nil {
+			r.cache.drop(runs[0].Object.Shard, runs[0].Object.Number)
+			return res, err
+		}
+		r.prefetch(tp, runs, k+1, ahead)
+		if full || res.Next == before || res.Next > runs[0].Run.EndOffset && len(runs) < 2 {
+			break
+		}
+	}
+	r.remember(tp, res.Next, ahead)
+	return res, nil
+}
+
+// take adds batches of checked data from res.Next on; full is true when a limit was reached.
+func take(data []byte, l Limits, res *Result) (full bool, err error) {
+	start, end := -1, 0
+	for at := 0; at < len(data); {
+		b, _, err := record.Next(data[at:])
+		if err != nil {
+			return false, fmt.Errorf("%w: %w", segment.ErrCorrupt, err)
+		}
+		if b.LastOffset() < res.Next {
+			at += len(b)
+			continue
+		}
+		if b.BaseOffset() >= l.UpTo || res.Bytes+len(b) > l.MaxBytes && (res.Bytes > 0 || !l.AtLeastOne) {
+			full = true
+			break
+		}
+		if start < 0 {
+			start = at
+		}
+		at += len(b)
+		end = at
+		res.Bytes += len(b)
+		res.Next = b.LastOffset() + 1
+	}
+	if start >= 0 {
+		res.Buffers = append(res.Buffers, data[start:end:end])
+	}
+	return full, nil
+}
+
+// sequential returns how far ahead of this read to fetch.
+func (r *Reader) sequential(tp record.TopicPartition, from record.Offset) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if e := r.streams[tp]; e != nil {
+		if s := e.Value.(*stream); s.next == from {
+			return min(max(1, 2*s.ahead), aheadMax)
+		}
+	}
+	return 1
+}
+
+func (r *Reader) remember(tp record.TopicPartition, next record.Offset, ahead int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e := r.streams[tp]
+	if e == nil {
+		e = r.recent.PushFront(&stream{tp: tp})
+		r.streams[tp] = e
+		if r.recent.Len() > streamsMax {
+			last := r.recent.Back()
+			r.recent.Remove(last)
+			delete(r.streams, last.Value.(*stream).tp)
+		}
+	}
+	s := e.Value.(*stream)
+	s.next, s.ahead = next, ahead
+	r.recent.MoveToFront(e)
+}
+
+// index returns a run's index.
+func (r *Reader) index(ctx context.Context, ref *RunRef) (*chunk, error) {
+	return r.cache.get(ctx, keyOf(ref, -1), func(ctx context.Context) (*chunk, error) {
+		data, err := r.fetch(ctx, &ref.Object, ref.Object.Size-int64(ref.Run.IndexAt), int64(ref.Run.IndexBytes))
+		if err != nil {
+			return nil, err
+		}
+		blocks, err := segment.ParseIndex(data)
+		if err != nil {
+			r.m.corruption.WithLabelValues("object").Inc()
+			return nil, err
+		}
+		c := &chunk{blocks: blocks}
+		for i := 0; i < len(blocks); {
+			j, n := i, int64(0)
+			for j < len(blocks) && (j == i || n+int64(blocks[j].Length) <= chunkBytes) {
+				n += int64(blocks[j].Length)
+				j++
+			}
+			c.parts = append(c.parts, span{i, j})
+			i = j
+		}
+		return c, nil
+	})
+}
+
+func keyOf(ref *RunRef, n int) chunkKey {
+	return chunkKey{ref.Object.Shard, ref.Object.Number, ref.Run.IndexAt, n}
+}
+
+// chunkAt returns the chunk of a run that holds offset, and its number. With onlyCached it returns nil if that would have to be waited for.
+func (r *Reader) chunkAt(ctx context.Context, ref *RunRef, offset record.Offset, onlyCached bool) (*chunk, int, error) {
+	if onlyCached && r.cache.peek(keyOf(ref, -1)) == nil {
+		return nil, 0, nil
+	}
+	idx, err := r.index(ctx, ref)
+	if err != nil {
+		return nil, 0, err
+	}
+	k := sort.Search(len(idx.parts), func(i int) bool { return idx.blocks[idx.parts[i].to-1].Last >= offset })
+	if k == len(idx.parts) {
+		return nil, 0, fmt.Errorf("%w: the index of object %d does not reach offset %d", segment.ErrCorrupt, ref.Object.Number, offset)
+	}
+	if onlyCached {
+		return r.cache.peek(keyOf(ref, k)), k, nil
+	}
+	c, err := r.cache.get(ctx, keyOf(ref, k), func(ctx context.Context) (*chunk, error) { return r.fill(ctx, ref, idx, k) })
+	return c, k, err
+}
+
+// fill fetches chunk k of a run and checks every block of it.
+func (r *Reader) fill(ctx context.Context, ref *RunRef, idx *chunk, k int) (*chunk, error) {
+	blocks := idx.blocks[idx.parts[k].from:idx.parts[k].to]
+	first, last := blocks[0], blocks[len(blocks)-1]
+	n := last.Position + int64(last.Length) - first.Position
+	var err error
+	for try := range 2 { // damage on the way is not damage in the store
+		var data []byte
+		if data, err = r.fetch(ctx, &ref.Object, first.Position, n); err != nil {
+			return nil, err
+		}
+		err = nil
+		for i := range blocks {
+			at := blocks[i].Position - first.Position
+			if at < 0 || at+int64(blocks[i].Length) > n {
+				err = fmt.Errorf("%w: index of object %d", segment.ErrCorrupt, ref.Object.Number)
+				break
+			}
+			if err = blocks[i].Check(data[at : at+int64(blocks[i].Length)]); err != nil {
+				break
+			}
+		}
+		if err == nil {
+			return &chunk{data: data}, nil
+		}
+		r.m.corruption.WithLabelValues("object").Inc()
+		r.cfg.Logger.Error("sealed data is damaged", "component", "tier", "key", ref.Object.Key(), "try", try+1, "err", err)
+	}
+	return nil, err
+}
+
+func (r *Reader) fetch(ctx context.Context, o *segment.Object, off, n int64) ([]byte, error) {
+	select {
+	case r.gets <- struct{}{}:
+		defer func() { <-r.gets }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	data := make([]byte, n)
+	return data, objstore.ReadFull(ctx, r.bucket, o.Key(), objstore.Range{Off: off, Len: n}, data)
+}
+
+// prefetch begins the fetch of the next chunks: of this run, and then of the one behind it.
+func (r *Reader) prefetch(tp record.TopicPartition, runs []RunRef, k, ahead int) {
+	for i := range runs {
+		ref := runs[i]
+		idx := r.cache.peek(keyOf(&ref, -1))
+		if idx == nil {
+			if ahead > 0 {
+				r.cache.wg.Go(func() { // the index first, its chunks at the next read
+					_, _ = r.index(r.cache.ctx, &ref)
+				})
+			}
+			return
+		}
+		for ; k < len(idx.parts) && ahead > 0; k++ {
+			r.cache.start(keyOf(&ref, k), func(ctx context.Context) (*chunk, error) { return r.fill(ctx, &ref, idx, k) })
+			ahead--
+		}
+		k = 0
+	}
+}
+
+// OffsetForTimestamp returns the first record whose timestamp is at least ts, from the log start up to upTo (exclusive), with its timestamp and leader epoch
+// (-1 = unknown); ok is false if there is none. Timestamps may be out of order, so nothing is skipped by searching.
+func (r *Reader) OffsetForTimestamp(ctx context.Context, tp record.TopicPartition, ts record.Timestamp, upTo record.Offset) (off record.Offset, at record.Timestamp, ok bool, err error) {
+	b, known := r.cat.Bounds(tp)
+	if !known {
+		return 0, 0, false, ErrUnknownPartition
+	}
+	from := b.LogStart
+	for from < b.SealedEnd {
+		runs := r.cat.Runs(tp, from, runsPerLook)
+		if len(runs) == 0 {
+			break
+		}
+		for i := range runs {
+			if runs[i].Run.MaxTimestamp >= ts {
+				off, at, ok, err = r.timeInRun(ctx, &runs[i], ts, from)
+				if err != nil {
+					return 0, 0, false, fmt.Errorf("%w: %w", ErrStorage, err)
+				}
+				if ok {
+					return off, at, off < upTo, nil
+				}
+			}
+			from = runs[i].Run.EndOffset + 1
+		}
+	}
+	off, at, ok, err = r.timeInHot(ctx, tp, ts, max(from, b.LogStart))
+	return off, at, ok && off < upTo, err
+}
+
+func (r *Reader) timeInRun(ctx context.Context, ref *RunRef, ts record.Timestamp, from record.Offset) (off record.Offset, at record.Timestamp, ok bool, err error) {
+	idx, err := r.index(ctx, ref)
+	if err != nil {
+		return 0, 0, false, err
+	}
+	for _, p := range idx.parts {
+		for _, blk := range idx.blocks[p.from:p.to] {
+			if blk.MaxTimestamp < ts || blk.Last < from {
+				continue
+			}
+			c, _, err := r.chunkAt(ctx, ref, blk.First, false)
+			if err != nil {
+				return 0, 0, false, err
+			}
+			for data := c.data; len(data) > 0; {
+				var b record.Batch
+				if b, data, err = record.Next(data); err != nil {
+					return 0, 0, false, err
+				}
+				if b.LastOffset() < from {
+					continue
+				}
+				if off, at, ok, err = record.FirstAtOrAfter(b, ts, from); err != nil || ok {
+					return off, at, ok, err
+				}
+			}
+			break // the whole chunk was looked at
+		}
+	}
+	return 0, 0, false, nil
+}
+
+// hotLook bounds the batches of one look at the hot log's headers, in bytes of batches.
+const hotLook = 256 << 20
+
+// timeInHot looks at the headers of what is hot and reads only a batch that may hold the record.
+func (r *Reader) timeInHot(ctx context.Context, tp record.TopicPartition, ts record.Timestamp, from record.Offset) (off record.Offset, at record.Timestamp, ok bool, err error) {
+	err = r.eachHot(ctx, tp, from, func(h record.Batch) (bool, error) {
+		if h.MaxTimestamp() < ts {
+			return true, nil
+		}
+		res, err := r.hot.ReadHot(ctx, tp, max(h.BaseOffset(), from), Limits{MaxBytes: 1, AtLeastOne: true, UpTo: h.LastOffset() + 1})
+		if err != nil || res.Bytes == 0 {
+			return false, err
+		}
+		var data []byte
+		for _, b := range res.Buffers {
+			data = append(data, b...)
+		}
+		if res.Release != nil {
+			res.Release()
+		}
+		b, _, err := record.Next(data)
+		if err != nil {
+			return false, err
+		}
+		off, at, ok, err = record.FirstAtOrAfter(b, ts, from)
+		return !ok, err
+	})
+	return off, at, ok, err
+}
+
+// eachHot calls f with the header of every hot batch that ends at or behind `from`, until f says stop.
+func (r *Reader) eachHot(ctx context.Context, tp record.TopicPartition, from record.Offset, f func(header record.Batch) (more bool, err error)) error {
+	hr, ok := r.cat.HotRange(tp)
+	if !ok {
+		return nil
+	}
+	hr.Start = max(hr.Start, from)
+	s, known := r.cat.ShardOf(tp)
+	for known && hr.Start <= hr.End {
+		batches, err := r.cat.Batches(ctx, s, hr, hotLook)
+		if err != nil || len(batches) == 0 {
+			return err
+		}
+		for i := range batches {
+			h := record.Batch(batches[i].Header[:])
+			if more, err := f(h); err != nil || !more {
+				return err
+			}
+			hr.Start = h.LastOffset() + 1
+		}
+	}
+	return nil
+}
+
+// MaxTimestamp returns the first record with the largest timestamp; ok is false in an empty partition.
+func (r *Reader) MaxTimestamp(ctx context.Context, tp record.TopicPartition, upTo record.Offset) (off record.Offset, at record.Timestamp, ok bool, err error) {
+	b, known := r.cat.Bounds(tp)
+	if !known {
+		return 0, 0, false, ErrUnknownPartition
+	}
+	best := record.Timestamp(-1)
+	for from := b.LogStart; from < b.SealedEnd; {
+		runs := r.cat.Runs(tp, from, runsPerLook)
+		if len(runs) == 0 {
+			break
+		}
+		for i := range runs {
+			best = max(best, runs[i].Run.MaxTimestamp)
+			from = runs[i].Run.EndOffset + 1
+		}
+	}
+	err = r.eachHot(ctx, tp, b.LogStart, func(h record.Batch) (bool, error) {
+		best = max(best, h.MaxTimestamp())
+		return true, nil
+	})
+	if err != nil || best < 0 {
+		return 0, 0, false, err
+	}
+	return r.OffsetForTimestamp(ctx, tp, best, upTo)
+}
