@@ -106,6 +106,11 @@ func (c *cache) start(key chunkKey, fetch func(context.Context) (*chunk, error))
 func (c *cache) get(ctx context.Context, key chunkKey, fetch func(context.Context) (*chunk, error)) (*chunk, error) {
 	f := c.start(key, fetch)
 	select {
+	case <-f.done: // also when ctx has ended: what is here is here
+		return f.c, f.err
+	default:
+	}
+	select {
 	case <-f.done:
 		return f.c, f.err
 	case <-ctx.Done():

@@ -1,0 +1,213 @@
+package broker
+
+import (
+	"errors"
+	"time"
+
+	"github.com/estran/estran/raftmeta"
+	"github.com/estran/estran/raftmeta/state"
+	"github.com/estran/estran/tiering/record"
+)
+
+// Metadata (3), versions 0-12: from 4 the client says whether topics may be created, from 8 authorized operations, topic IDs from 10 and look-up by ID from 12
+// (KIP-516).
+
+// noOperations says that authorized operations were not asked for.
+const noOperations int32 = -2147483648
+
+// topicMeta is one topic of an answer.
+type topicMeta struct {
+	name string
+	id   record.TopicID
+	t    *state.Topic
+	code int16
+}
+
+func handleMetadata(r *request) error {
+	var asked []topicMeta
+	all := false
+	least := 2
+	if r.version >= 10 {
+		least = 17
+	}
+	n := r.array(least)
+	if n < 0 || n == 0 && r.version == 0 {
+		all = true
+	}
+	for range max(n, 0) {
+		var m topicMeta
+		if r.version >= 10 {
+			m.id = r.uuid()
+			if name := r.nstr(); name != nil {
+				m.name = *name
+			}
+		} else {
+			m.name = r.str()
+		}
+		r.tags()
+		asked = append(asked, m)
+	}
+	create := true
+	if r.version >= 4 {
+		create = r.bool()
+	}
+	if r.version >= 8 {
+		if r.version <= 10 {
+			r.bool() // cluster authorized operations
+		}
+		r.bool() // topic authorized operations
+	}
+	r.tags()
+	if r.err != nil {
+		return r.err
+	}
+	if all {
+		for t := range r.s.b.Cluster().Topics() {
+			asked = append(asked, topicMeta{name: t.Name, id: t.ID, t: t})
+		}
+	} else {
+		for i := range asked {
+			r.resolve(&asked[i], create && r.s.cfg.AutoCreateTopics)
+		}
+	}
+	r.finish(r.encodeMetadata(asked))
+	return nil
+}
+
+// resolve finds a topic that was asked for, or creates it.
+func (r *request) resolve(m *topicMeta, create bool) {
+	c := r.s.b.Cluster()
+	ok := false
+	if m.name == "" && r.version >= 12 {
+		if m.t, ok = c.TopicByID(m.id); ok {
+			m.name = m.t.Name
+		} else {
+			m.code = codeUnknownTopicID
+		}
+		return
+	}
+	if m.t, ok = c.Topic(m.name); ok {
+		m.id = m.t.ID
+		return
+	}
+	m.code = codeUnknownTopicOrPartition
+	if err := checkTopicName(m.name); err != nil {
+		m.code = codeInvalidTopic
+		return
+	}
+	if create {
+		m.code = r.autoCreate(m)
+	}
+}
+
+// autoCreate makes a topic that a client asked for. A client that is told LEADER_NOT_AVAILABLE asks again.
+func (r *request) autoCreate(m *topicMeta) int16 {
+	ctx, cancel := r.timeout(5 * time.Second)
+	defer cancel()
+	t, err := r.s.createTopic(ctx, raftmeta.TopicSpec{Name: m.name, Partitions: r.s.cfg.NumPartitions, ReplicationFactor: 1})
+	switch {
+	case err == nil:
+		m.t, m.id = t, t.ID
+		return codeNone
+	case errors.Is(err, raftmeta.ErrTopicExists), errors.Is(err, raftmeta.ErrTimeout), errors.Is(err, raftmeta.ErrNotLeader):
+		return codeLeaderNotAvailable
+	}
+	return codeOf(err)
+}
+
+func (r *request) encodeMetadata(topics []topicMeta) *writer {
+	c := r.s.b.Cluster()
+	w := r.respond(256 + 128*len(topics))
+	if r.version >= 3 {
+		w.i32(0)
+	}
+	nodes := c.Nodes()
+	w.array(len(nodes))
+	for _, n := range nodes {
+		w.i32(n.ID)
+		w.str(n.Host)
+		w.i32(n.Port)
+		if r.version >= 1 {
+			w.text(n.Rack)
+		}
+		w.tags()
+	}
+	if r.version >= 2 {
+		w.text(c.ID)
+	}
+	if r.version >= 1 {
+		w.i32(r.s.b.NodeID())
+	}
+	w.array(len(topics))
+	for i := range topics {
+		r.encodeTopic(w, &topics[i])
+	}
+	if r.version >= 8 && r.version <= 10 {
+		w.i32(noOperations)
+	}
+	w.tags()
+	return w
+}
+
+func (r *request) encodeTopic(w *writer, m *topicMeta) {
+	w.i16(m.code)
+	if r.version >= 12 {
+		w.text(m.name)
+	} else {
+		w.str(m.name)
+	}
+	if r.version >= 10 {
+		w.uuid(m.id)
+	}
+	if r.version >= 1 {
+		w.bool(false) // internal
+	}
+	if m.t == nil {
+		w.array(0)
+	} else {
+		w.array(len(m.t.Partitions))
+		for p := range m.t.Partitions {
+			r.encodePartition(w, m.t, int32(p))
+		}
+	}
+	if r.version >= 8 {
+		w.i32(noOperations)
+	}
+	w.tags()
+}
+
+func (r *request) encodePartition(w *writer, t *state.Topic, p int32) {
+	code, leader, epoch := codeNone, int32(-1), int32(-1)
+	if node, ok := r.s.b.Leader(t.Partitions[p].Shard); ok {
+		leader = node
+		if info, err := r.s.b.Partition(record.TopicPartition{Topic: t.ID, Partition: p}); err == nil {
+			epoch = int32(info.LeaderEpoch)
+		}
+	} else {
+		code = codeLeaderNotAvailable
+	}
+	replicas := r.s.replicas(t)
+	w.i16(code)
+	w.i32(p)
+	w.i32(leader)
+	if r.version >= 7 {
+		w.i32(epoch)
+	}
+	w.i32s(replicas)
+	w.i32s(replicas)
+	if r.version >= 5 {
+		w.array(0) // no offline replicas
+	}
+	w.tags()
+}
+
+// replicas are the voters that a topic's partitions are shown on: as many as its replication factor.
+func (s *Server) replicas(t *state.Topic) []int32 {
+	var out []int32
+	for _, n := range s.b.Cluster().Nodes() {
+		if len(out) < int(max(t.ReplicationFactor, 1)) {
+			out = append(out, n.ID)
+		}
+	}
+	return out
+}

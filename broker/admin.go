@@ -1,0 +1,412 @@
+package broker
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/estran/estran/raftmeta"
+	"github.com/estran/estran/raftmeta/state"
+	"github.com/estran/estran/tiering/record"
+)
+
+// adminTimeout bounds a change where the request names no time.
+const adminTimeout = 30 * time.Second
+
+func timeoutOf(ms int32) time.Duration {
+	if ms <= 0 {
+		return adminTimeout
+	}
+	return min(time.Duration(ms)*time.Millisecond, 5*time.Minute)
+}
+
+// partitionsMax bounds a topic.
+const partitionsMax = 10_000
+
+// checkTopic reports why a topic cannot be created, with Kafka's code; it fills in defaults.
+func (s *Server) checkTopic(t *raftmeta.TopicSpec) error {
+	if err := checkTopicName(t.Name); err != nil {
+		return codedError{codeInvalidTopic, err.Error()}
+	}
+	if _, ok := s.b.Cluster().Topic(t.Name); ok {
+		return codedError{codeTopicExists, fmt.Sprintf("topic %q exists", t.Name)}
+	}
+	if t.Partitions == -1 {
+		t.Partitions = s.cfg.NumPartitions
+	}
+	if t.Partitions < 1 || t.Partitions > partitionsMax {
+		return codedError{codeInvalidPartitions, fmt.Sprintf("%d partitions are not between 1 and %d", t.Partitions, partitionsMax)}
+	}
+	voters := len(s.b.Cluster().Nodes())
+	if t.ReplicationFactor == -1 {
+		t.ReplicationFactor = int16(min(3, voters))
+	}
+	if t.ReplicationFactor < 1 || int(t.ReplicationFactor) > voters {
+		return codedError{codeInvalidReplicationFactor, fmt.Sprintf("replication factor %d with %d voters", t.ReplicationFactor, voters)}
+	}
+	if err := checkTopicConfig(t.Configs); err != nil {
+		return codedError{codeInvalidConfig, err.Error()}
+	}
+	t.Parsed = s.parsed(t.Configs)
+	return nil
+}
+
+// createTopic checks and creates a topic.
+func (s *Server) createTopic(ctx context.Context, t raftmeta.TopicSpec) (*state.Topic, error) {
+	if err := s.checkTopic(&t); err != nil {
+		return nil, err
+	}
+	return s.b.CreateTopic(ctx, t)
+}
+
+// CreateTopics (19), versions 0-7: validate_only from 1, defaults from 4 (KIP-464), the configuration in the answer from 5 (KIP-525), topic IDs from 7.
+func handleCreateTopics(r *request) error {
+	type topic struct {
+		spec     raftmeta.TopicSpec
+		assigned int
+		made     *state.Topic
+		err      error
+	}
+	topics := make([]topic, max(r.array(8), 0))
+	names := map[string]int{}
+	for i := range topics {
+		t := &topics[i]
+		t.spec.Name, t.spec.Partitions, t.spec.ReplicationFactor = r.str(), r.i32(), r.i16()
+		names[t.spec.Name]++
+		for range max(r.array(5), 0) {
+			t.assigned++
+			r.i32()
+			r.i32s()
+			r.tags()
+		}
+		t.spec.Configs = map[string]string{}
+		for range max(r.array(2), 0) {
+			k, v := r.str(), r.nstr()
+			r.tags()
+			if v != nil {
+				t.spec.Configs[k] = *v
+			}
+		}
+		r.tags()
+		if r.err != nil {
+			return r.err
+		}
+	}
+	wait := timeoutOf(r.i32())
+	validate := r.version >= 1 && r.bool()
+	r.tags()
+	if r.err != nil {
+		return r.err
+	}
+	ctx, cancel := r.timeout(wait)
+	defer cancel()
+	for i := range topics {
+		t := &topics[i]
+		switch {
+		case names[t.spec.Name] > 1:
+			t.err = codedError{codeInvalidRequest, fmt.Sprintf("topic %q is named more than once", t.spec.Name)}
+		case t.assigned > 0 && t.spec.Partitions != -1:
+			t.err = codedError{codeInvalidRequest, "with an assignment of replicas the number of partitions must be -1"}
+		case t.assigned > 0:
+			t.spec.Partitions, t.spec.ReplicationFactor = int32(t.assigned), 1
+		}
+		if t.err == nil {
+			t.err = r.s.checkTopic(&t.spec)
+		}
+		if t.err == nil && !validate {
+			t.made, t.err = r.s.b.CreateTopic(ctx, t.spec)
+		}
+	}
+	w := r.respond(128 * len(topics))
+	if r.version >= 2 {
+		w.i32(0)
+	}
+	w.array(len(topics))
+	for i := range topics {
+		t := &topics[i]
+		w.str(t.spec.Name)
+		if r.version >= 7 {
+			var id record.TopicID
+			if t.made != nil {
+				id = t.made.ID
+			}
+			w.uuid(id)
+		}
+		w.i16(codeOf(t.err))
+		if r.version >= 1 {
+			w.text(messageOf(t.err))
+		}
+		if r.version >= 5 {
+			r.encodeCreated(w, &t.spec, t.err)
+		}
+		w.tags()
+	}
+	w.tags()
+	r.finish(w)
+	return nil
+}
+
+func (r *request) encodeCreated(w *writer, t *raftmeta.TopicSpec, err error) {
+	if err != nil {
+		w.i32(-1)
+		w.i16(-1)
+		w.array(0)
+		return
+	}
+	w.i32(t.Partitions)
+	w.i16(t.ReplicationFactor)
+	settings := topicSettings()
+	w.array(len(settings))
+	for _, s := range settings {
+		v, set := t.Configs[s.name]
+		source := sourceDefault
+		if set {
+			source = sourceTopic
+		} else {
+			v = r.s.defaults[s.name]
+		}
+		w.str(s.name)
+		w.nstr(&v)
+		w.bool(false)
+		w.i8(source)
+		w.bool(false)
+		w.tags()
+	}
+}
+
+func messageOf(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+// DeleteTopics (20), versions 0-6: error messages from 5, by topic ID from 6.
+func handleDeleteTopics(r *request) error {
+	var asked []topicMeta
+	if r.version >= 6 {
+		for range max(r.array(17), 0) {
+			var m topicMeta
+			if name := r.nstr(); name != nil {
+				m.name = *name
+			}
+			m.id = r.uuid()
+			r.tags()
+			asked = append(asked, m)
+		}
+	} else {
+		for _, name := range r.strs() {
+			asked = append(asked, topicMeta{name: name})
+		}
+	}
+	wait := timeoutOf(r.i32())
+	r.tags()
+	if r.err != nil {
+		return r.err
+	}
+	ctx, cancel := r.timeout(wait)
+	defer cancel()
+	w := r.respond(64 * len(asked))
+	if r.version >= 1 {
+		w.i32(0)
+	}
+	w.array(len(asked))
+	for i := range asked {
+		m := &asked[i]
+		c, ok := r.s.b.Cluster(), false
+		if m.name != "" {
+			if m.t, ok = c.Topic(m.name); ok {
+				m.id = m.t.ID
+			}
+			m.code = codeUnknownTopicOrPartition
+		} else {
+			if m.t, ok = c.TopicByID(m.id); ok {
+				m.name = m.t.Name
+			}
+			m.code = codeUnknownTopicID
+		}
+		if ok {
+			m.code = codeOf(r.s.b.DeleteTopic(ctx, m.id))
+		}
+		if r.version >= 6 {
+			w.text(m.name)
+			w.uuid(m.id)
+		} else {
+			w.str(m.name)
+		}
+		w.i16(m.code)
+		if r.version >= 5 {
+			w.nstr(nil)
+		}
+		w.tags()
+	}
+	w.tags()
+	r.finish(w)
+	return nil
+}
+
+// DeleteRecords (21), versions 0-2: -1 is the high watermark.
+func handleDeleteRecords(r *request) error {
+	type part struct {
+		topic  string
+		p      int32
+		offset int64
+		low    record.Offset
+		code   int16
+	}
+	var topics [][]part
+	for range max(r.array(3), 0) {
+		name := r.str()
+		parts := make([]part, max(r.array(12), 0))
+		for i := range parts {
+			parts[i] = part{topic: name, p: r.i32(), offset: r.i64(), low: -1}
+			r.tags()
+		}
+		topics = append(topics, parts)
+		r.tags()
+	}
+	wait := timeoutOf(r.i32())
+	r.tags()
+	if r.err != nil {
+		return r.err
+	}
+	ctx, cancel := r.timeout(wait)
+	defer cancel()
+	w := r.respond(256)
+	w.i32(0)
+	w.array(len(topics))
+	for _, parts := range topics {
+		if len(parts) > 0 {
+			w.str(parts[0].topic)
+		} else {
+			w.str("")
+		}
+		w.array(len(parts))
+		for i := range parts {
+			p := &parts[i]
+			t, ok := r.s.b.Cluster().Topic(p.topic)
+			switch {
+			case !ok || p.p < 0 || int(p.p) >= len(t.Partitions):
+				p.code = codeUnknownTopicOrPartition
+			case p.offset < -1:
+				p.code = codeOffsetOutOfRange
+			default:
+				low, err := r.s.b.DeleteRecords(ctx, record.TopicPartition{Topic: t.ID, Partition: p.p}, record.Offset(p.offset))
+				p.low, p.code = low, codeOf(err)
+			}
+			w.i32(p.p)
+			w.i64(int64(p.low))
+			w.i16(p.code)
+			w.tags()
+		}
+		w.tags()
+	}
+	w.tags()
+	r.finish(w)
+	return nil
+}
+
+// CreatePartitions (37), versions 0-3.
+func handleCreatePartitions(r *request) error {
+	type topic struct {
+		name  string
+		total int32
+		err   error
+	}
+	topics := make([]topic, max(r.array(7), 0))
+	names := map[string]int{}
+	for i := range topics {
+		t := &topics[i]
+		t.name, t.total = r.str(), r.i32()
+		names[t.name]++
+		for range max(r.array(4), 0) { // assignments are accepted: every voter has every partition
+			r.i32s()
+			r.tags()
+		}
+		r.tags()
+		if r.err != nil {
+			return r.err
+		}
+	}
+	wait := timeoutOf(r.i32())
+	validate := r.bool()
+	r.tags()
+	if r.err != nil {
+		return r.err
+	}
+	ctx, cancel := r.timeout(wait)
+	defer cancel()
+	w := r.respond(64 * len(topics))
+	w.i32(0)
+	w.array(len(topics))
+	for i := range topics {
+		t := &topics[i]
+		old, ok := r.s.b.Cluster().Topic(t.name)
+		switch {
+		case names[t.name] > 1:
+			t.err = codedError{codeInvalidRequest, fmt.Sprintf("topic %q is named more than once", t.name)}
+		case !ok:
+			t.err = raftmeta.ErrUnknownTopic
+		case int(t.total) <= len(old.Partitions):
+			t.err = codedError{codeInvalidPartitions, fmt.Sprintf("topic %q has %d partitions, it cannot be given %d", t.name, len(old.Partitions), t.total)}
+		case t.total > partitionsMax:
+			t.err = codedError{codeInvalidPartitions, fmt.Sprintf("%d partitions, at most %d", t.total, partitionsMax)}
+		case !validate:
+			t.err = r.s.b.CreatePartitions(ctx, old.ID, t.total)
+		}
+		w.str(t.name)
+		w.i16(codeOf(t.err))
+		w.text(messageOf(t.err))
+		w.tags()
+	}
+	w.tags()
+	r.finish(w)
+	return nil
+}
+
+// DescribeCluster (60), versions 0-2: endpoint type from 1, fenced brokers from 2.
+func handleDescribeCluster(r *request) error {
+	r.bool() // authorized operations
+	kind := int8(1)
+	if r.version >= 1 {
+		kind = r.i8()
+	}
+	if r.version >= 2 {
+		r.bool()
+	}
+	r.tags()
+	if r.err != nil {
+		return r.err
+	}
+	c := r.s.b.Cluster()
+	w := r.respond(256)
+	w.i32(0)
+	if kind != 1 {
+		w.i16(codeInvalidRequest)
+		w.text("only brokers can be asked for here")
+	} else {
+		w.i16(codeNone)
+		w.nstr(nil)
+	}
+	if r.version >= 1 {
+		w.i8(kind)
+	}
+	w.str(c.ID)
+	w.i32(r.s.b.NodeID())
+	nodes := c.Nodes()
+	w.array(len(nodes))
+	for _, n := range nodes {
+		w.i32(n.ID)
+		w.str(n.Host)
+		w.i32(n.Port)
+		w.text(n.Rack)
+		if r.version >= 2 {
+			w.bool(false)
+		}
+		w.tags()
+	}
+	w.i32(noOperations)
+	w.tags()
+	r.finish(w)
+	return nil
+}

@@ -1,0 +1,67 @@
+package broker
+
+import (
+	"time"
+
+	"github.com/estran/estran/tiering"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// metrics are the series of this package. Children of the hot path are looked up once.
+type metrics struct {
+	duration                                      *prometheus.HistogramVec
+	requests, errors, rejected, fetched           *prometheus.CounterVec
+	connections                                   prometheus.Gauge
+	badFrames, unsupported                        prometheus.Counter
+	bytesIn, bytesOut, messagesIn, bytesRejected  *prometheus.CounterVec
+	produces, fetches, failedProduce, failedFetch *prometheus.CounterVec
+	batch                                         prometheus.Histogram
+	byAPI                                         map[string]apiMetrics
+	byTier                                        [3]prometheus.Counter
+}
+
+type apiMetrics struct {
+	requests prometheus.Counter
+	duration prometheus.Observer
+}
+
+func newMetrics(r prometheus.Registerer) *metrics {
+	count := func(name, help string, labels ...string) *prometheus.CounterVec {
+		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, labels)
+	}
+	const topics = "kafka_server_brokertopicmetrics_"
+	m := &metrics{
+		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "estran_kafka_request_duration_seconds", Help: "Time from a request's arrival until its answer was written.",
+			Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}, NativeHistogramBucketFactor: 1.1}, []string{"api"}),
+		requests:    count("kafka_network_requestmetrics_requests_total", "Requests by API.", "request"),
+		errors:      count("estran_kafka_errors_total", "Errors answered.", "api", "error"),
+		rejected:    count("estran_kafka_connections_rejected_total", "Connections refused.", "reason"),
+		fetched:     count("estran_fetch_bytes_total", "Bytes of Fetch answers to consumers, by the tier that they came from.", "tier"),
+		connections: prometheus.NewGauge(prometheus.GaugeOpts{Name: "estran_kafka_connections", Help: "Open connections."}),
+		badFrames:   prometheus.NewCounter(prometheus.CounterOpts{Name: "estran_kafka_bad_frames_total", Help: "Frames that could not be decoded."}),
+		unsupported: prometheus.NewCounter(prometheus.CounterOpts{Name: "estran_kafka_unsupported_requests_total", Help: "Requests with a key or version that is not served."}),
+		bytesIn:     count(topics+"bytesin_total", "Bytes produced.", "topic"), bytesOut: count(topics+"bytesout_total", "Bytes fetched.", "topic"),
+		messagesIn: count(topics+"messagesin_total", "Records produced.", "topic"), bytesRejected: count(topics+"bytesrejected_total", "Bytes refused.", "topic"),
+		produces: count(topics+"totalproducerequests_total", "Produce requests.", "topic"), fetches: count(topics+"totalfetchrequests_total", "Fetch requests.", "topic"),
+		failedProduce: count(topics+"failedproducerequests_total", "Produce requests that failed.", "topic"),
+		failedFetch:   count(topics+"failedfetchrequests_total", "Fetch requests that failed.", "topic"),
+		batch: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "estran_produce_batch_bytes", Help: "Sizes of produced batches.",
+			Buckets: prometheus.ExponentialBuckets(128, 4, 9)}),
+		byAPI: map[string]apiMetrics{},
+	}
+	r.MustRegister(m.duration, m.requests, m.errors, m.rejected, m.fetched, m.connections, m.badFrames, m.unsupported, m.bytesIn, m.bytesOut, m.messagesIn,
+		m.bytesRejected, m.produces, m.fetches, m.failedProduce, m.failedFetch, m.batch)
+	for _, a := range apiList() {
+		m.byAPI[a.name] = apiMetrics{m.requests.WithLabelValues(a.name), m.duration.WithLabelValues(a.name)}
+	}
+	for t := range m.byTier {
+		m.byTier[t] = m.fetched.WithLabelValues(tiering.Tier(t).String())
+	}
+	return m
+}
+
+func (m *metrics) observe(a *answer) {
+	x := m.byAPI[a.api.name]
+	x.requests.Inc()
+	x.duration.Observe(time.Since(a.began).Seconds())
+}

@@ -1,0 +1,166 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+)
+
+// Server answers Kafka clients.
+type Server struct {
+	cfg      Config
+	b        Backend
+	read     Reader
+	m        *metrics
+	apis     map[int16]*api
+	frames   *semaphore.Weighted
+	answers  *semaphore.Weighted
+	check    chan struct{} // one token per batch that is being checked: as many as there are cores
+	session  *sessions
+	groups   *coordinator
+	defaults map[string]string // of topic settings
+
+	ctx    context.Context // ends at Close
+	cancel context.CancelFunc
+	drain  atomic.Bool
+
+	mu    sync.Mutex
+	conns map[*conn]struct{}
+	perIP map[string]int
+	lis   []net.Listener
+	wg    sync.WaitGroup
+}
+
+// NewServer returns a server over a backend. Its configuration must come from DefaultConfig.
+func NewServer(cfg Config, b Backend, r Reader) *Server {
+	s := &Server{cfg: cfg, b: b, read: r, m: newMetrics(cfg.Registerer), frames: semaphore.NewWeighted(cfg.FrameBudget), answers: semaphore.NewWeighted(cfg.ResponseBudget),
+		check: make(chan struct{}, cores()), session: newSessions(sessionsMax), conns: map[*conn]struct{}{}, perIP: map[string]int{}}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.apis = map[int16]*api{}
+	for _, a := range apiList() {
+		s.apis[a.key] = &a
+	}
+	s.defaults = map[string]string{}
+	for _, t := range topicSettings() {
+		s.defaults[t.name] = t.value(&cfg)
+	}
+	s.groups = newCoordinator(s)
+	return s
+}
+
+// ErrServerClosed is returned by Serve after Close or Drain.
+var ErrServerClosed = errors.New("broker: server closed")
+
+// Serve accepts connections until the listener fails or the server closes.
+func (s *Server) Serve(l net.Listener) error {
+	s.mu.Lock()
+	s.lis = append(s.lis, l)
+	s.mu.Unlock()
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			if s.ctx.Err() != nil || s.drain.Load() {
+				return ErrServerClosed
+			}
+			if ne, ok := errors.AsType[net.Error](err); ok && ne.Timeout() {
+				continue
+			}
+			return err
+		}
+		if !s.admit(c) {
+			c.Close()
+		}
+	}
+}
+
+// admit registers a connection and starts it, unless there are too many.
+func (s *Server) admit(c net.Conn) bool {
+	ip, _, _ := net.SplitHostPort(c.RemoteAddr().String())
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.ctx.Err() != nil || s.drain.Load():
+		return false
+	case len(s.conns) >= s.cfg.MaxConnections:
+		s.m.rejected.WithLabelValues("max_connections").Inc()
+		return false
+	case s.perIP[ip] >= s.cfg.MaxConnectionsPerIP:
+		s.m.rejected.WithLabelValues("max_connections_per_ip").Inc()
+		return false
+	}
+	if t, ok := c.(*net.TCPConn); ok {
+		_ = t.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: 60 * time.Second, Interval: 15 * time.Second, Count: 4}) // a peer that refuses it is noticed later
+	}
+	x := newConn(s, c, ip)
+	s.conns[x] = struct{}{}
+	s.perIP[ip]++
+	s.m.connections.Inc()
+	s.wg.Go(x.serve)
+	return true
+}
+
+func (s *Server) forget(c *conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.conns, c)
+	if s.perIP[c.ip]--; s.perIP[c.ip] <= 0 {
+		delete(s.perIP, c.ip)
+	}
+	s.m.connections.Dec()
+}
+
+// Drain stops accepting, lets what is in flight finish and closes connections that are idle, until ctx ends. Close must follow.
+func (s *Server) Drain(ctx context.Context) {
+	s.drain.Store(true)
+	s.closeListeners()
+	t := time.NewTicker(20 * time.Millisecond)
+	defer t.Stop()
+	for {
+		busy := 0
+		s.mu.Lock()
+		for c := range s.conns {
+			if !c.closeIfIdle() {
+				busy++
+			}
+		}
+		s.mu.Unlock()
+		if busy == 0 {
+			return
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (s *Server) closeListeners() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, l := range s.lis {
+		_ = l.Close() // twice is no fault
+	}
+}
+
+// Close ends every connection and waits for it.
+func (s *Server) Close() error {
+	s.cancel()
+	s.closeListeners()
+	s.mu.Lock()
+	for c := range s.conns {
+		c.abort()
+	}
+	s.mu.Unlock()
+	s.wg.Wait()
+	s.groups.close()
+	return nil
+}
+
+// Lead runs the coordinator of a shard's groups until ctx ends.
+func (s *Server) Lead(ctx context.Context, shard uint32) { s.groups.lead(ctx, shard) }

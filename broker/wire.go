@@ -1,0 +1,257 @@
+package broker
+
+import (
+	"encoding/binary"
+	"errors"
+
+	"github.com/estran/estran/tiering/record"
+)
+
+// errDecode: a request's bytes contradict its schema. The connection is closed.
+var errDecode = errors.New("malformed request")
+
+// reader decodes a request in place. The first fault sticks; what is read after it is zero. Byte slices alias the frame. flex selects the compact
+// encodings of flexible versions (KIP-482).
+type reader struct {
+	b    []byte
+	flex bool
+	err  error
+}
+
+func (r *reader) take(n int) []byte {
+	if r.err != nil || n < 0 || n > len(r.b) {
+		r.err = errDecode
+		return nil
+	}
+	out := r.b[:n:n]
+	r.b = r.b[n:]
+	return out
+}
+
+func (r *reader) i8() int8 {
+	if b := r.take(1); b != nil {
+		return int8(b[0])
+	}
+	return 0
+}
+
+func (r *reader) i16() int16 {
+	if b := r.take(2); b != nil {
+		return int16(binary.BigEndian.Uint16(b))
+	}
+	return 0
+}
+
+func (r *reader) i32() int32 {
+	if b := r.take(4); b != nil {
+		return int32(binary.BigEndian.Uint32(b))
+	}
+	return 0
+}
+
+func (r *reader) i64() int64 {
+	if b := r.take(8); b != nil {
+		return int64(binary.BigEndian.Uint64(b))
+	}
+	return 0
+}
+
+func (r *reader) bool() bool { return r.i8() != 0 }
+
+func (r *reader) uuid() (id record.TopicID) {
+	copy(id[:], r.take(16))
+	return id
+}
+
+// uvarint reads an unsigned varint of at most 32 bits.
+func (r *reader) uvarint() uint32 {
+	v, n := binary.Uvarint(r.b)
+	if r.err != nil || n <= 0 || v > 1<<32-1 {
+		r.err = errDecode
+		return 0
+	}
+	r.b = r.b[n:]
+	return uint32(v)
+}
+
+// length reads a length in the version's encoding; -1 is null.
+func (r *reader) length(short bool) int {
+	switch {
+	case r.flex:
+		return int(r.uvarint()) - 1
+	case short:
+		return int(r.i16())
+	}
+	return int(r.i32())
+}
+
+// str reads a string; null is an error.
+func (r *reader) str() string {
+	s := r.nstr()
+	if s == nil {
+		r.err = errDecode
+		return ""
+	}
+	return *s
+}
+
+// nstr reads a nullable string.
+func (r *reader) nstr() *string {
+	n := r.length(true)
+	if n < 0 {
+		if n != -1 {
+			r.err = errDecode
+		}
+		return nil
+	}
+	s := string(r.take(n))
+	return &s
+}
+
+// bytes reads nullable bytes, aliasing the frame.
+func (r *reader) bytes() []byte {
+	n := r.length(false)
+	if n < 0 {
+		if n != -1 {
+			r.err = errDecode
+		}
+		return nil
+	}
+	return r.take(n)
+}
+
+// array reads an array's length; every element takes at least least bytes, so that a hostile count is refused before anything is allocated. -1 is null.
+func (r *reader) array(least int) int {
+	n := r.length(false)
+	if r.err != nil || n < -1 || n > len(r.b)/max(least, 1) {
+		r.err = errDecode
+		return 0
+	}
+	return n
+}
+
+// i32s reads an array of int32; null is empty.
+func (r *reader) i32s() []int32 {
+	n := max(r.array(4), 0)
+	out := make([]int32, n)
+	for i := range out {
+		out[i] = r.i32()
+	}
+	return out
+}
+
+// strs reads an array of strings; null stays nil.
+func (r *reader) strs() []string {
+	least := 2
+	if r.flex {
+		least = 1
+	}
+	n := r.array(least)
+	if n < 0 {
+		return nil
+	}
+	out := make([]string, n)
+	for i := range out {
+		out[i] = r.str()
+	}
+	return out
+}
+
+// tags skips the tagged fields of a structure in flexible versions.
+func (r *reader) tags() {
+	if !r.flex {
+		return
+	}
+	for n := r.uvarint(); n > 0 && r.err == nil; n-- {
+		r.uvarint()
+		r.take(int(r.uvarint()))
+	}
+}
+
+// writer encodes an answer.
+type writer struct {
+	b    []byte
+	flex bool
+}
+
+func (w *writer) i8(v int8)              { w.b = append(w.b, byte(v)) }
+func (w *writer) i16(v int16)            { w.b = binary.BigEndian.AppendUint16(w.b, uint16(v)) }
+func (w *writer) i32(v int32)            { w.b = binary.BigEndian.AppendUint32(w.b, uint32(v)) }
+func (w *writer) i64(v int64)            { w.b = binary.BigEndian.AppendUint64(w.b, uint64(v)) }
+func (w *writer) uuid(id record.TopicID) { w.b = append(w.b, id[:]...) }
+
+func (w *writer) bool(v bool) {
+	if v {
+		w.i8(1)
+	} else {
+		w.i8(0)
+	}
+}
+
+func (w *writer) uvarint(v uint32) { w.b = binary.AppendUvarint(w.b, uint64(v)) }
+
+func (w *writer) str(s string) {
+	if w.flex {
+		w.uvarint(uint32(len(s)) + 1)
+	} else {
+		w.i16(int16(len(s)))
+	}
+	w.b = append(w.b, s...)
+}
+
+// nstr writes a nullable string; nil is null.
+func (w *writer) nstr(s *string) {
+	switch {
+	case s != nil:
+		w.str(*s)
+	case w.flex:
+		w.uvarint(0)
+	default:
+		w.i16(-1)
+	}
+}
+
+// text writes a nullable string; "" is null.
+func (w *writer) text(s string) {
+	if s == "" {
+		w.nstr(nil)
+	} else {
+		w.str(s)
+	}
+}
+
+// bytes writes bytes; nil is empty, never null.
+func (w *writer) bytes(b []byte) {
+	w.array(len(b))
+	w.b = append(w.b, b...)
+}
+
+// array writes an array's length; -1 is null.
+func (w *writer) array(n int) {
+	if w.flex {
+		w.uvarint(uint32(n + 1))
+	} else {
+		w.i32(int32(n))
+	}
+}
+
+func (w *writer) i32s(v []int32) {
+	w.array(len(v))
+	for _, x := range v {
+		w.i32(x)
+	}
+}
+
+func (w *writer) strs(v []string) {
+	w.array(len(v))
+	for _, x := range v {
+		w.str(x)
+	}
+}
+
+// tags writes that a structure has no tagged fields.
+func (w *writer) tags() {
+	if w.flex {
+		w.b = append(w.b, 0)
+	}
+}
