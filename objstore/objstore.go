@@ -250,6 +250,14 @@ func (p *prefixed) Delete(ctx context.Context, keys ...string) error {
 	return p.Bucket.Delete(ctx, full...)
 }
 
+// CreateBucket implements Creator if the bucket does.
+func (p *prefixed) CreateBucket(ctx context.Context) error {
+	if c, ok := p.Bucket.(Creator); ok {
+		return c.CreateBucket(ctx)
+	}
+	return nil
+}
+
 // StoreTime implements Dater if the bucket does.
 func (p *prefixed) StoreTime() (time.Time, bool) {
 	if d, ok := p.Bucket.(Dater); ok {

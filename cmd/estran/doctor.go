@@ -53,7 +53,7 @@ func diagnose(ctx context.Context, s streams, cfg *config, create bool, wait tim
 	}
 	var caps objstore.Capabilities
 	err := retryUntil(ctx, wait, func() error {
-		b, err := open.Bucket(ctx, url, objstore.Options{})
+		b, err := open.Bucket(ctx, url, objstore.Policy{}, nil)
 		if err != nil {
 			return err
 		}
@@ -87,6 +87,18 @@ func retryUntil(ctx context.Context, wait time.Duration, f func() error) error {
 			return err
 		}
 	}
+}
+
+func createBucket(ctx context.Context, url string) error {
+	b, err := open.Bucket(ctx, url, objstore.Policy{}, nil)
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	if c, ok := b.(objstore.Creator); ok {
+		return c.CreateBucket(ctx)
+	}
+	return nil
 }
 
 func retriable(err error) bool {

@@ -1,0 +1,115 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path/filepath"
+	"strings"
+
+	"github.com/estran/estran/objstore"
+	"github.com/estran/estran/raftmeta"
+	"github.com/estran/estran/raftmeta/raftlog"
+)
+
+// raftlogHung marks a disk that does not answer.
+var raftlogHung = raftlog.ErrHung
+
+// storageURL is where objects go: by default a directory below the data directory.
+func (c *config) storageURL() string {
+	if c.Storage.URL != "" {
+		return c.Storage.URL
+	}
+	return "file://" + filepath.ToSlash(filepath.Join(c.Node.DataDir, "objects"))
+}
+
+// storeFault explains what is wrong with the object store: one verdict and what to do.
+func storeFault(cfg *config, err error) error {
+	url := objstore.Redact(cfg.storageURL())
+	f := &fault{Code: "E_STORE", Err: err, What: fmt.Sprintf("object store %s (from %s): %v", url, cfg.from("storage.url"), err), Fix: "estran doctor"}
+	say := func(code, verdict, fix string) error {
+		f.Code, f.Fix = code, fix
+		f.What = fmt.Sprintf("object store %s (from %s): %s", url, cfg.from("storage.url"), verdict)
+		f.Notes = append(f.Notes, note{"seen", err.Error()})
+		return f
+	}
+	switch {
+	case errors.Is(err, objstore.ErrBucketNotFound):
+		return say("E_S3_NO_BUCKET", "no such bucket", "estran doctor --create-bucket, or name another in storage.url")
+	case errors.Is(err, objstore.ErrRegion):
+		return say("E_S3_REGION", "wrong region", "name the bucket's region: ?region=… in storage.url")
+	case errors.Is(err, objstore.ErrExpiredCredentials):
+		return say("E_S3_CREDENTIALS", "credentials are unknown or have expired", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+	case errors.Is(err, objstore.ErrAccess):
+		return say("E_S3_ACCESS", "access denied", "allow get, put, list and delete below the prefix; check the secret key and this machine's clock")
+	case errors.Is(err, objstore.ErrUnavailable), errors.Is(err, objstore.ErrTimeout):
+		return say("E_STORE_UNREACHABLE", "cannot be reached", "check endpoint, DNS, TLS and that the store runs")
+	case errors.Is(err, objstore.ErrUnsupported):
+		return say("E_STORE_UNSUPPORTED", "lacks what is needed", "use a store with conditional PUT (If-None-Match) and ranged GET")
+	case errors.Is(err, errBucketForeign):
+		return say("E_STORE_FOREIGN", "belongs to another cluster or a newer version", "use another bucket or prefix")
+	}
+	return f
+}
+
+// dataDirFault explains what is wrong with the data directory.
+func dataDirFault(cfg *config, err error) error {
+	f := &fault{Code: "E_DATA_DIR", Err: err, What: fmt.Sprintf("data directory %s (node.data_dir, from %s): %v", cfg.Node.DataDir, cfg.from("node.data_dir"), err),
+		Fix: "--data-dir DIR   or set node.data_dir"}
+	switch {
+	case errors.Is(err, raftmeta.ErrLocked):
+		f.Code, f.Fix = "E_DATA_DIR_LOCKED", "stop the other process, or give this one a directory of its own with --data-dir"
+	case errors.Is(err, raftmeta.ErrForeign):
+		f.Code, f.Fix = "E_DATA_DIR_FOREIGN", "give the node an empty directory with --data-dir; nothing was changed in this one"
+	case errors.Is(err, fs.ErrPermission):
+		f.Code, f.Fix = "E_DATA_DIR_PERMISSION", "make it writable for this user, or give another with --data-dir"
+	case errors.Is(err, raftlog.ErrVersion):
+		f.Code, f.Fix = "E_DATA_DIR_VERSION", "start the newer version that wrote it"
+	case errors.Is(err, raftlog.ErrCorrupt):
+		f.Code, f.Fix = "E_DATA_DIR_CORRUPT", "restore the disk; a damaged log is never cut by itself"
+	}
+	return f
+}
+
+// errBucketForeign: the bucket's mark names another cluster or version.
+var errBucketForeign = errors.New("the bucket is marked for another cluster or version")
+
+// bucketMark is v1/meta/format.json: whose the objects are.
+type bucketMark struct {
+	Version int    `json:"version"`
+	Cluster string `json:"cluster"`
+}
+
+const bucketVersion = 1
+
+// checkBucket reads or writes the mark. A store that cannot be reached now is checked when sealing begins to work.
+func checkBucket(ctx context.Context, b objstore.Bucket, cluster string) error {
+	const key = "v1/meta/format.json"
+	rc, _, err := b.Get(ctx, key, objstore.Whole)
+	switch {
+	case errors.Is(err, objstore.ErrNotFound):
+		data, err := json.Marshal(bucketMark{bucketVersion, cluster})
+		if err != nil {
+			return err
+		}
+		_, err = b.Put(ctx, key, objstore.Bytes(data), objstore.PutOptions{IfAbsent: true, WriterID: strings.ToLower(cluster)})
+		return err
+	case err != nil && retriable(err):
+		return nil
+	case err != nil:
+		return err
+	}
+	defer rc.Close()
+	data, err := io.ReadAll(io.LimitReader(rc, 1<<16))
+	if err != nil {
+		return err
+	}
+	var m bucketMark
+	if err := json.Unmarshal(data, &m); err != nil || m.Version != bucketVersion || m.Cluster != cluster {
+		return fmt.Errorf("%w: %s", errBucketForeign, data)
+	}
+	return nil
+}
