@@ -40,9 +40,6 @@ type api struct {
 
 func (a *api) served() int16 { return max(a.min, a.least) }
 
-// never marks a key without flexible versions.
-const never int16 = 1 << 14
-
 // apiTable is what ApiVersions advertises. A maximum is raised only when that version is wholly implemented. Produce is advertised from 0 although 0-2
 // are refused: librdkafka takes a higher minimum for "no compression" (KAFKA-18659).
 func apiList() []api {

@@ -83,7 +83,7 @@ func (c *conn) serve() {
 	_ = c.c.Close() // reading or writing has failed, or the client has gone
 	c.s.session.drop(c)
 	c.s.forget(c)
-	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) {
+	if !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) {
 		c.s.cfg.Logger.Debug("connection closed", "component", "broker", "client", c.ip, "software", c.name, "err", err)
 	}
 }

@@ -55,7 +55,7 @@ func (c *coordinator) lead(ctx context.Context, shard uint32) {
 			g = group.New(st.ID, c.config())
 		}
 		if g.Size() > 0 {
-			sg.adopt(g)
+			sg.rearm(sg.adopt(g))
 		}
 	}
 	sg.mu.Unlock()
@@ -86,13 +86,13 @@ func (c *coordinator) close() {
 	c.closed = true
 }
 
-// adopt makes a group live. sg.mu is held.
+// adopt makes a group live; rearm must follow. sg.mu is held.
 func (sg *shardGroups) adopt(g *group.Group) *liveGroup {
 	l := &liveGroup{Group: g}
 	l.timer = time.AfterFunc(time.Hour, func() { sg.tick(l) })
 	g.Persist = func(rec []byte, empty bool, done func(int16)) { sg.persist(l, rec, empty, done) }
+	l.timer.Stop()
 	sg.groups[g.ID] = l
-	sg.rearm(l)
 	return l
 }
 

@@ -242,13 +242,6 @@ func (w *writer) i32s(v []int32) {
 	}
 }
 
-func (w *writer) strs(v []string) {
-	w.array(len(v))
-	for _, x := range v {
-		w.str(x)
-	}
-}
-
 // tags writes that a structure has no tagged fields.
 func (w *writer) tags() {
 	if w.flex {

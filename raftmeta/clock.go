@@ -57,11 +57,3 @@ func (c *clock) stamp() record.Timestamp {
 	c.wall = now
 	return record.Timestamp(now.UnixMilli())
 }
-
-// trusted reports whether things may expire by the replicated clock.
-func (c *clock) trusted() bool {
-	c.stamp()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.ok
-}

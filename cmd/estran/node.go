@@ -214,12 +214,12 @@ func (n *node) serve(reg *prometheus.Registry, info versionInfo) {
 	n.web = &http.Server{Handler: admin.Handler(admin.Config{Gatherer: reg, Live: n.live, Ready: n.ready, Version: info}), ReadHeaderTimeout: 5 * time.Second}
 	n.wg.Go(func() {
 		if err := n.web.Serve(n.webL); !errors.Is(err, http.ErrServerClosed) {
-			n.stopNow(fmt.Errorf("HTTP listener: %w", err))
+			n.stopNow(fmt.Errorf("http listener: %w", err))
 		}
 	})
 	n.wg.Go(func() {
 		if err := n.server.Serve(n.kafka); !errors.Is(err, broker.ErrServerClosed) {
-			n.stopNow(fmt.Errorf("Kafka listener: %w", err))
+			n.stopNow(fmt.Errorf("kafka listener: %w", err))
 		}
 	})
 }

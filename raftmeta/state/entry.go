@@ -188,12 +188,11 @@ func DecodeSlots(data []byte) (Slots, error) {
 
 // Entry collects the commands of one entry. The zero value is empty. It is used by one goroutine at a time.
 type Entry struct {
-	slots   []Slot
-	bases   []record.Offset // rehome
-	rehome  bool
-	other   []byte // encoded sections
-	count   int    // of other
-	payload int
+	slots  []Slot
+	bases  []record.Offset // rehome
+	rehome bool
+	other  []byte // encoded sections
+	count  int    // of other
 }
 
 // AddSlot appends a batch that stands at position pos of the payload and returns its place in arrival order.

@@ -121,6 +121,24 @@ func (p *partition) remember(s *Slot, base record.Offset, now record.Timestamp, 
 	return added
 }
 
+// forgetOldest forgets the producer that has been idle for the longest, but for keep; it returns how many it forgot.
+func (p *partition) forgetOldest(keep record.ProducerID) int {
+	oldest, found := record.ProducerID(-1), false
+	for id, pr := range p.Producers {
+		if id == keep {
+			continue
+		}
+		if o := p.Producers[oldest]; !found || pr.At < o.At || pr.At == o.At && id < oldest {
+			oldest, found = id, true
+		}
+	}
+	if !found {
+		return 0
+	}
+	delete(p.Producers, oldest)
+	return 1
+}
+
 // refAt returns the index of the ref that holds offset, or of the first behind it.
 func (p *partition) refAt(offset record.Offset) int {
 	i := sort.Search(len(p.Hot), func(i int) bool { return p.Hot[i].Base > offset })

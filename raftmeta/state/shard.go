@@ -11,7 +11,7 @@ import (
 )
 
 // producersMax bounds the producers that a shard remembers; beyond it the longest idle ones of the partition that grows are forgotten.
-const producersMax = 1 << 20
+const producersMax = 1 << 19
 
 // entryRef is an entry of the table of entries that hot refs point into.
 type entryRef struct {
@@ -252,7 +252,9 @@ func (s *Shard) appendSlot(p *partition, entry uint32, i int, slot *Slot, term T
 		p.Epochs = append(p.Epochs, segment.EpochStart{Epoch: epoch, Start: base})
 	}
 	if slot.ProducerID >= 0 && p.remember(slot, base, s.clock, s.gen) {
-		s.producers++
+		if s.producers++; s.producers > producersMax {
+			s.producers -= p.forgetOldest(slot.ProducerID)
+		}
 	}
 	p.High += slot.Offsets()
 	p.MaxTime = max(p.MaxTime, slot.MaxTimestamp)

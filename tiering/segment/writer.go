@@ -72,7 +72,6 @@ type Built struct {
 	Runs      []PartitionRun
 
 	runs   []RunInput
-	starts []int64 // position of each run
 	flat   []flatBatch
 	tail   []byte // everything behind the runs
 	tailAt int64
