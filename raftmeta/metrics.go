@@ -5,6 +5,7 @@ import (
 
 	"github.com/estran/estran/raftmeta/raftlog"
 	"github.com/estran/estran/tiering/record"
+	"github.com/estran/estran/tiering/segment"
 	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -73,6 +74,7 @@ func newMetrics(h *Host) *metrics {
 		m.gauges[name] = prometheus.NewDesc(name, help, []string{"group"}, nil)
 	}
 	m.gauges["estran_raft_state"] = prometheus.NewDesc("estran_raft_state", "1 for the group's current state.", []string{"group", "state"}, nil)
+	m.gauges["estran_segments"] = prometheus.NewDesc("estran_segments", "Sealed segments by state.", []string{"state"}, nil)
 	m.gauges["estran_raft_groups_led"] = prometheus.NewDesc("estran_raft_groups_led", "Groups that this node leads.", nil, nil)
 	m.gauges["estran_hot_free_bytes"] = prometheus.NewDesc("estran_hot_free_bytes", "What is left of the hot budget.", nil, nil)
 	return m
@@ -106,6 +108,7 @@ func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	h := m.host
 	led := 0
+	segments := map[segment.ObjectState]int{segment.Prepared: 0, segment.Committed: 0, segment.Tombstoned: 0}
 	for _, g := range append([]*group{h.meta}, h.shards...) {
 		label := "meta"
 		if g.id != 0 {
@@ -129,6 +132,11 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 		put("estran_raft_voters", 1)
 		if g.id != 0 {
 			put("estran_unuploaded_bytes", float64(h.HotBytes(g.id)))
+			g.mu.RLock()
+			for s, n := range g.shard.Objects() {
+				segments[s] += n
+			}
+			g.mu.RUnlock()
 		}
 		now := g.raft.State()
 		for _, s := range []raft.RaftState{raft.Leader, raft.Candidate, raft.Follower, raft.Shutdown} {
@@ -137,6 +145,9 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 		if g.leads.Load() > 0 {
 			led++
 		}
+	}
+	for s, name := range map[segment.ObjectState]string{segment.Prepared: "prepared", segment.Committed: "committed", segment.Tombstoned: "tombstoned"} {
+		ch <- prometheus.MustNewConstMetric(m.gauges["estran_segments"], prometheus.GaugeValue, float64(segments[s]), name)
 	}
 	ch <- prometheus.MustNewConstMetric(m.gauges["estran_raft_groups_led"], prometheus.GaugeValue, float64(led))
 	ch <- prometheus.MustNewConstMetric(m.gauges["estran_hot_free_bytes"], prometheus.GaugeValue, float64(h.FreeBudget()))

@@ -3,9 +3,12 @@ package open
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"net"
 	"net/http"
+	"os"
 	"time"
 
 	"github.com/estran/estran/objstore"
@@ -33,7 +36,10 @@ func Bucket(ctx context.Context, url string, p objstore.Policy, m *objstore.Metr
 	case l.Provider == "aws":
 		b, err = s3.Open(ctx, l, connections)
 	default:
-		b, err = minio.Open(l, transport())
+		var tr *http.Transport
+		if tr, err = transport(); err == nil {
+			b, err = minio.Open(l, tr)
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("storage %s: %w", objstore.Redact(url), err)
@@ -41,8 +47,26 @@ func Bucket(ctx context.Context, url string, p objstore.Policy, m *objstore.Metr
 	return objstore.Prefixed(objstore.Retry(b, p, m), l.Prefix), nil
 }
 
-func transport() *http.Transport {
-	return &http.Transport{Proxy: http.ProxyFromEnvironment, DialContext: (&net.Dialer{Timeout: 2 * time.Second, KeepAlive: 15 * time.Second}).DialContext,
+// transport trusts the system's certificates, and those of AWS_CA_BUNDLE as the AWS SDK does.
+func transport() (*http.Transport, error) {
+	t := &http.Transport{Proxy: http.ProxyFromEnvironment, DialContext: (&net.Dialer{Timeout: 2 * time.Second, KeepAlive: 15 * time.Second}).DialContext,
 		TLSHandshakeTimeout: 3 * time.Second, MaxIdleConns: connections, MaxIdleConnsPerHost: connections, IdleConnTimeout: 60 * time.Second,
-		ResponseHeaderTimeout: 0, WriteBufferSize: 64 << 10, ReadBufferSize: 64 << 10, DisableCompression: true}
+		WriteBufferSize: 64 << 10, ReadBufferSize: 64 << 10, DisableCompression: true}
+	file := os.Getenv("AWS_CA_BUNDLE")
+	if file == "" {
+		return t, nil
+	}
+	pem, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("AWS_CA_BUNDLE: %w", err)
+	}
+	pool, err := x509.SystemCertPool()
+	if err != nil {
+		pool = x509.NewCertPool()
+	}
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("AWS_CA_BUNDLE: %s holds no certificate", file)
+	}
+	t.TLSClientConfig = &tls.Config{RootCAs: pool}
+	return t, nil
 }

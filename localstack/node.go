@@ -1,0 +1,166 @@
+package localstack
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// insecure trusts any certificate: it only asks a store of this machine whether it is ready.
+func insecure() *http.Transport {
+	return &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
+}
+
+// Node is an Estran voter that runs as a process.
+type Node struct {
+	Kafka, HTTP string // addresses, known when it is ready
+	PID         int
+	// Log receives every line that the process writes; it may be nil.
+	Log func(line string)
+
+	program string
+	dir     string
+	args    []string
+	env     []string
+	cmd     *exec.Cmd
+	done    chan struct{}
+	err     error
+	mu      sync.Mutex
+	lines   []string
+}
+
+// Build builds the estran program from the module that contains dir, and returns its path.
+func Build(ctx context.Context, dir, out string, flags ...string) (string, error) {
+	path := filepath.Join(out, "estran")
+	cmd := exec.CommandContext(ctx, "go", append(append([]string{"build"}, flags...), "-o", path, "./cmd/estran")...)
+	cmd.Dir = dir
+	if msg, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("localstack: building estran: %w\n%s", err, msg)
+	}
+	return path, nil
+}
+
+// NewNode describes a voter with its data in dir. args are added to `estran serve`, env to the environment.
+func NewNode(program, dir string, env []string, args ...string) *Node {
+	return &Node{program: program, dir: dir, env: env, Kafka: "127.0.0.1:0", args: args}
+}
+
+// ready is the log line that says a node serves.
+type ready struct {
+	Event, Kafka, HTTP string
+}
+
+// Start starts the process and returns when it serves. A later Start uses the same Kafka port.
+func (n *Node) Start(ctx context.Context) error {
+	args := append([]string{"serve", "--data-dir", n.dir, "--kafka-listen", n.Kafka, "--http-listen", "127.0.0.1:0", "--peer-listen", "127.0.0.1:0"}, n.args...)
+	n.cmd = exec.Command(n.program, args...)
+	n.cmd.Env = append(os.Environ(), n.env...)
+	pipe, err := n.cmd.StderrPipe()
+	if err != nil {
+		return err
+	}
+	if err := n.cmd.Start(); err != nil {
+		return fmt.Errorf("localstack: starting estran: %w", err)
+	}
+	n.PID, n.done = n.cmd.Process.Pid, make(chan struct{})
+	up := make(chan ready, 1)
+	go n.follow(pipe, up, n.done)
+	select {
+	case r := <-up:
+		n.Kafka, n.HTTP = r.Kafka, r.HTTP
+		return nil
+	case <-n.done:
+		return fmt.Errorf("localstack: estran ended at once: %w\n%s", n.err, n.Tail())
+	case <-ctx.Done():
+		return errors.Join(ctx.Err(), n.Kill())
+	}
+}
+
+func (n *Node) follow(pipe io.Reader, up chan<- ready, done chan struct{}) {
+	sc := bufio.NewScanner(pipe)
+	sc.Buffer(nil, 1<<20)
+	for sc.Scan() {
+		line := sc.Text()
+		n.mu.Lock()
+		if n.lines = append(n.lines, line); len(n.lines) > 200 {
+			n.lines = n.lines[100:]
+		}
+		n.mu.Unlock()
+		if n.Log != nil {
+			n.Log(line)
+		}
+		var r ready
+		if json.Unmarshal([]byte(line), &r) == nil && r.Event == "server.ready" {
+			select {
+			case up <- r:
+			default:
+			}
+		}
+	}
+	n.err = n.cmd.Wait()
+	close(done)
+}
+
+// Tail returns the last lines that the process wrote.
+func (n *Node) Tail() (out string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, l := range n.lines[max(0, len(n.lines)-40):] {
+		out += l + "\n"
+	}
+	return out
+}
+
+// Kill ends the process at once, as a crash would.
+func (n *Node) Kill() error { return n.end(syscall.SIGKILL) }
+
+// Stop drains the process and returns its exit error.
+func (n *Node) Stop() error {
+	if err := n.end(syscall.SIGTERM); err != nil {
+		return err
+	}
+	return n.err
+}
+
+func (n *Node) end(sig syscall.Signal) error {
+	if n.cmd == nil {
+		return nil
+	}
+	select {
+	case <-n.done:
+		return nil
+	default:
+	}
+	if err := n.cmd.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	select {
+	case <-n.done:
+		return nil
+	case <-time.After(60 * time.Second):
+		_ = n.cmd.Process.Kill() // it may just have ended
+		<-n.done
+		return errors.New("localstack: estran did not end within 60 s")
+	}
+}
+
+// Alive reports whether the process runs.
+func (n *Node) Alive() bool {
+	select {
+	case <-n.done:
+		return false
+	default:
+		return true
+	}
+}
