@@ -27,8 +27,7 @@ lint: ## gofmt, vet, staticcheck, tidy go.mod
 
 cross: ## the binary builds for every platform we name
 	@for t in linux/amd64 linux/arm64 darwin/amd64 darwin/arm64; do \
-	  echo "cross $$t"; CGO_ENABLED=0 GOOS=$${t%/*} GOARCH=$${t#*/} $(GO) build -o /dev/null ./cmd/estran || exit 1; \
-	  CGO_ENABLED=0 GOOS=$${t%/*} GOARCH=$${t#*/} $(GO) vet -composites=false ./raftmeta/... ./tiering/... >/dev/null || exit 1; done
+	  echo "cross $$t"; CGO_ENABLED=0 GOOS=$${t%/*} GOARCH=$${t#*/} $(GO) build -o /dev/null ./cmd/estran || exit 1; done
 
 race: ## every test with the race detector, in a random order
 	GORACE=halt_on_error=1 $(GO) test -race -shuffle=on -timeout 20m $(PKGS)

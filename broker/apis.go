@@ -70,3 +70,17 @@ func apiList() []api {
 		{keyDescribeCluster, "DescribeCluster", 0, 2, 0, 0, handleDescribeCluster},
 	}
 }
+
+// APIVersion is a range of versions that is served.
+type APIVersion struct {
+	Name     string
+	Min, Max int16
+}
+
+// APIs lists what is served, by key.
+func APIs() (out []APIVersion) {
+	for _, a := range apiList() {
+		out = append(out, APIVersion{a.name, a.served(), a.max})
+	}
+	return out
+}
