@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"reflect"
@@ -136,10 +137,15 @@ func (c *config) loadFile(path string) error {
 			Fix: "give an existing file to --config"}
 	}
 	before := *c
-	before.Kafka = nil
 	dec := yaml.NewDecoder(strings.NewReader(string(data)), yaml.Strict(), yaml.AllowDuplicateMapKey())
-	if err := dec.Decode(c); err != nil && len(strings.TrimSpace(string(data))) > 0 {
+	if err := dec.Decode(c); errors.Is(err, io.EOF) { // nothing in it, or comments only
+		*c = before
+		return nil
+	} else if err != nil {
 		return yamlFault(path, err)
+	}
+	if c.Kafka == nil {
+		c.Kafka = map[string]any{}
 	}
 	for _, s := range settingsOf(&before) {
 		for _, now := range settingsOf(c) {
