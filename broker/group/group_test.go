@@ -115,7 +115,7 @@ func TestItem54Join(t *testing.T) {
 	if j := one(t, w.join(request("stranger", ""))); j.Code != CodeUnknownMember {
 		t.Errorf("unknown member: %+v", j)
 	}
-	if j := one(t, w.join(request("m1", "", "other"))); j.Code != CodeNone { // alone it may change
+	if j := one(t, w.join(request("m1", "", "other", "range"))); j.Code != CodeNone { // alone it may change
 		t.Errorf("changed protocol alone: %+v", j)
 	}
 	_, _ = w.member("m2")
