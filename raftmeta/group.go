@@ -46,8 +46,9 @@ type outcome struct {
 
 // group is one Raft group of this node.
 type group struct {
-	id   record.ShardID
-	host *Host
+	id    record.ShardID
+	host  *Host
+	share int // of how many shards, for what the node's groups divide among them
 	log_ *slog.Logger
 
 	log     *raftlog.Log
@@ -81,7 +82,7 @@ type group struct {
 }
 
 func openGroup(h *Host, id record.ShardID, dir string) (*group, error) {
-	g := &group{id: id, host: h, log_: h.cfg.Logger.With("component", "raft", "group", id), notify: make(chan bool, 16), stop: make(chan struct{}),
+	g := &group{id: id, host: h, share: max(1, h.shardCount), log_: h.cfg.Logger.With("component", "raft", "group", id), notify: make(chan bool, 16), stop: make(chan struct{}),
 		changed: make(chan struct{}, 1)}
 	g.metrics = h.metrics.group(id)
 	g.clock = newClock(h.cfg.Now, h.cfg.StoreTime, h.cfg.Logger)
@@ -112,7 +113,7 @@ func (g *group) openStores(dir string) error {
 	var err error
 	retention := int64(0)
 	if g.id != 0 {
-		retention = c.LocalRetentionBytes / int64(max(1, g.host.shardCount))
+		retention = c.LocalRetentionBytes / int64(g.share)
 	}
 	tail := c.TailBytes
 	if g.id == 0 && tail == 0 {
@@ -228,8 +229,14 @@ func (g *group) lead(ctx context.Context, term uint64) {
 	g.batcher.started(term)
 	g.log_.Info("leading", "event", "leader.elected", "term", term)
 	g.host.poke()
-	if g.id != 0 {
+	if g.id == 0 {
+		<-ctx.Done()
+		return
+	}
+	select {
+	case <-g.host.opened: // what a leader does may look at the other groups
 		g.host.cfg.OnLead(ctx, g.id)
+	case <-ctx.Done():
 	}
 	<-ctx.Done()
 }

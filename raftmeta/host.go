@@ -34,8 +34,9 @@ type Host struct {
 	ids   producerIDs
 	marks marks
 
-	stop chan struct{}
-	wg   sync.WaitGroup
+	opened chan struct{} // closed when every group is there
+	stop   chan struct{}
+	wg     sync.WaitGroup
 }
 
 // Open opens or creates the node in cfg.DataDir, and returns when it leads its groups and knows the cluster. A new directory becomes a
@@ -44,7 +45,7 @@ func Open(ctx context.Context, cfg Config) (*Host, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	h := &Host{cfg: cfg, stop: make(chan struct{}), poked: make(chan struct{}), shardCount: int(cfg.Shards)}
+	h := &Host{cfg: cfg, stop: make(chan struct{}), opened: make(chan struct{}), poked: make(chan struct{}), shardCount: int(cfg.Shards)}
 	var err error
 	var fresh bool
 	h.identity, h.lock, fresh, err = openDataDir(cfg.DataDir, cfg.NodeID)
@@ -97,6 +98,7 @@ func (h *Host) open(ctx context.Context) error {
 		}
 		h.shards = append(h.shards, g)
 	}
+	close(h.opened)
 	h.wg.Go(h.outboxLoop)
 	if h.cfg.PeerListener != nil {
 		h.peers = servePeers(h.cfg.PeerListener, hello{Cluster: c.ID, Server: h.identity.serverID()}, h.cfg.Logger)

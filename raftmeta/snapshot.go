@@ -30,7 +30,7 @@ func (g *group) snapshotLoop() {
 		}
 		_, unfree := g.log.Bytes()
 		c := &g.host.cfg
-		every := max(min(snapshotBytes, c.HotMaxBytes/int64(4*max(1, g.host.shardCount))), snapshotFactor*g.snapBytes.Load())
+		every := max(min(snapshotBytes, c.HotMaxBytes/int64(4*g.share)), snapshotFactor*g.snapBytes.Load())
 		since := unfree - g.snapAt.Load()
 		if since < every && (unfree < c.HotMaxBytes/2 || since < c.HotMaxBytes/64) && (time.Since(last) < snapshotEvery || since < 1<<16) {
 			continue
