@@ -48,7 +48,7 @@ type Config struct {
 	TailBytes int64
 	// LocalRetention is how many bytes that may be freed are kept as a cache.
 	LocalRetention int64
-	// HangTimeout: a write that takes longer stops the node (5 s).
+	// HangTimeout: a write that takes longer stops the node (30 s).
 	HangTimeout time.Duration
 	// OnFatal is called at most once, on its own goroutine, when the store is poisoned or the disk hangs.
 	OnFatal func(error)

@@ -385,7 +385,7 @@ func TestUnknownVersionIsNotCorruption(t *testing.T) {
 // image is a log of three acknowledged batches in one file; it returns the file's bytes and where each batch begins.
 func image(t *testing.T) (fs *memFS, file string, starts []int64) {
 	fs = newMemFS()
-	l := open(t, fs, nil)
+	l := open(t, fs, func(c *Config) { c.FileBytes = 64 << 10 })
 	for b := range 3 {
 		i := uint64(b*2 + 1)
 		starts = append(starts, max(l.pos, blockBytes))
@@ -417,6 +417,9 @@ func TestRecoveryOfEveryDamage(t *testing.T) {
 	}
 	for at := starts[1]; at < starts[3]; at += step {
 		for _, zeroTail := range []bool{false, true} {
+			if zeroTail && at%3 != 0 { // where a tail of zeros begins matters less than which byte is wrong
+				continue
+			}
 			fs := src.clone()
 			data := fs.files[file].data
 			before := data[at]
@@ -426,7 +429,7 @@ func TestRecoveryOfEveryDamage(t *testing.T) {
 				data[at] ^= 0xff
 			}
 			changed := zeroTail || data[at] != before
-			l, err := Open(Config{Dir: "/log", Group: 7, FS: fs, FileBytes: 256 << 10})
+			l, err := Open(Config{Dir: "/log", Group: 7, FS: fs, FileBytes: 64 << 10})
 			inPadding := isPadding(src.files[file].data, starts, at)
 			switch {
 			case !zeroTail && changed && at < starts[2] && !inPadding:
@@ -459,7 +462,10 @@ func TestRecoveryOfEveryDamage(t *testing.T) {
 			}
 			store(t, l, command(last+1, 2, 3, 50)) // the log goes on, and reads back after another open
 			l.Close()
-			l = open(t, fs, nil)
+			// Not by open: its cleanups would keep every one of these logs in memory until the end.
+			if l, err = Open(Config{Dir: "/log", Group: 7, FS: fs, FileBytes: 64 << 10}); err != nil {
+				t.Fatal(err)
+			}
 			same(t, l, command(last+1, 2, 3, 50))
 			l.Close()
 		}

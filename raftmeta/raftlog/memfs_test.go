@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -82,9 +83,10 @@ func (m *memFS) crash(rng *rand.Rand) *memFS {
 			f(names)
 		}
 	}
-	for name, ino := range names {
+	for _, name := range slices.Sorted(maps.Keys(names)) { // in order: one seed, one crash
+		ino := names[name]
 		c := &memInode{data: slices.Clone(ino.durable), dirty: map[int64]bool{}}
-		for s := range ino.dirty {
+		for _, s := range slices.Sorted(maps.Keys(ino.dirty)) {
 			if rng.IntN(2) == 0 {
 				continue
 			}
