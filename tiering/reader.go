@@ -297,7 +297,8 @@ func (r *Reader) prefetch(tp record.TopicPartition, runs []RunRef, k, ahead int)
 			return
 		}
 		for ; k < len(idx.parts) && ahead > 0; k++ {
-			r.cache.start(keyOf(&ref, k), func(ctx context.Context) (*chunk, error) { return r.fill(ctx, &ref, idx, k) })
+			n := k // k goes on while the fetch runs
+			r.cache.start(keyOf(&ref, n), func(ctx context.Context) (*chunk, error) { return r.fill(ctx, &ref, idx, n) })
 			ahead--
 		}
 		k = 0
