@@ -49,7 +49,7 @@ type group struct {
 	id    record.ShardID
 	host  *Host
 	share int // of how many shards, for what the node's groups divide among them
-	log_ *slog.Logger
+	log_  *slog.Logger
 
 	log     *raftlog.Log
 	stable  *raftlog.Stable
@@ -225,8 +225,8 @@ func (g *group) lead(ctx context.Context, term uint64) {
 		}
 		return
 	}
+	g.batcher.started(term) // first: who sees leads may propose
 	g.leads.Store(term)
-	g.batcher.started(term)
 	g.log_.Info("leading", "event", "leader.elected", "term", term)
 	g.host.poke()
 	if g.id == 0 {

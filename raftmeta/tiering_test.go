@@ -124,6 +124,13 @@ func sealed(n *node) func() bool {
 	}
 }
 
+// forgetRecent makes every sealed byte come from an object.
+func (n *node) forgetRecent() {
+	for _, g := range n.shards {
+		g.recent.forget()
+	}
+}
+
 func TestSealReadRestart(t *testing.T) {
 	dir, bucket := t.TempDir(), mem.New()
 	n := openNode(t, dir, bucket, nil)
@@ -137,11 +144,18 @@ func TestSealReadRestart(t *testing.T) {
 		more := n.produce(t, record.TopicPartition{Topic: topic.ID}, 10_000*(life+1), 10_000*(life+1)+20) // some stay hot
 		want[0] = append(want[0], more...)
 		for p := range int32(3) {
-			got, tiers := n.readThrough(t, record.TopicPartition{Topic: topic.ID, Partition: p}, 0)
+			got, _ := n.readThrough(t, record.TopicPartition{Topic: topic.ID, Partition: p}, 0)
 			if fmt.Sprint(got) != fmt.Sprint(want[p]) {
 				t.Fatalf("life %d, partition %d: %d records, want %d", life, p, len(got), len(want[p]))
 			}
-			if life > 0 && tiers[tiering.TierObject] == 0 {
+		}
+		n.forgetRecent()
+		for p := range int32(3) {
+			got, tiers := n.readThrough(t, record.TopicPartition{Topic: topic.ID, Partition: p}, 0)
+			if fmt.Sprint(got) != fmt.Sprint(want[p]) {
+				t.Fatalf("life %d, partition %d from objects: %d records, want %d", life, p, len(got), len(want[p]))
+			}
+			if tiers[tiering.TierObject] == 0 {
 				t.Errorf("life %d: nothing came from objects: %v", life, tiers)
 			}
 		}
@@ -221,13 +235,11 @@ func TestRetentionAndGarbage(t *testing.T) {
 
 func TestVanishedAndCorruptObjects(t *testing.T) {
 	bucket := mem.New()
-	dir := t.TempDir()
-	n := openNode(t, dir, bucket, nil)
+	n := openNode(t, t.TempDir(), bucket, nil)
 	tp := record.TopicPartition{Topic: newTopic(t, n.Host, "t", 1).ID}
 	n.produce(t, tp, 0, 300)
 	until(t, "sealing", sealed(n))
-	n.stop()
-	n = openNode(t, dir, bucket, nil) // forgets the recent index
+	n.forgetRecent()
 	var key string
 	for i, err := range bucket.List(t.Context(), "", "") {
 		if err != nil {
