@@ -306,6 +306,7 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 			g.metrics.voids.Inc()
 			g.log_.Error("entry of another term applied as void", "index", l.Index, "term", l.Term)
 		}
+		g.recent.add(o.dropped) // under mu: a reader finds a batch hot or recent, never neither
 		out[i] = o
 		if !l.AppendedAt.IsZero() {
 			g.metrics.commit.Observe(time.Since(l.AppendedAt).Seconds())
@@ -317,7 +318,6 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 	g.applied.Store(last)
 	for _, o := range out {
 		if o, ok := o.(outcome); ok {
-			g.recent.add(o.dropped)
 			g.watch.wake(o.dirty)
 		}
 	}

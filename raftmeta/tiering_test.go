@@ -240,22 +240,29 @@ func TestVanishedAndCorruptObjects(t *testing.T) {
 	n.produce(t, tp, 0, 300)
 	until(t, "sealing", sealed(n))
 	n.forgetRecent()
-	var key string
+	var keys []string
 	for i, err := range bucket.List(t.Context(), "", "") {
 		if err != nil {
 			t.Fatal(err)
 		}
-		key = i.Key
-		break
+		keys = append(keys, i.Key)
 	}
-	bucket.Corrupt(key, 100) // outside every batch's own checksum: a length or offset field
-	if _, err := n.reader.Read(t.Context(), tp, 0, tiering.Limits{MaxBytes: 1000, AtLeastOne: true, UpTo: 300}); !errors.Is(err, tiering.ErrStorage) {
+	read := func() error {
+		_, err := n.reader.Read(t.Context(), tp, 0, tiering.Limits{MaxBytes: 1000, AtLeastOne: true, UpTo: 300})
+		return err
+	}
+	for _, key := range keys {
+		bucket.Corrupt(key, 100)
+	}
+	if err := read(); !errors.Is(err, tiering.ErrStorage) {
 		t.Errorf("a corrupt object: %v", err)
 	}
-	if err := bucket.Delete(t.Context(), key); err != nil {
-		t.Fatal(err)
+	for _, key := range keys {
+		if err := bucket.Delete(t.Context(), key); err != nil {
+			t.Fatal(err)
+		}
 	}
-	if _, err := n.reader.Read(t.Context(), tp, 0, tiering.Limits{MaxBytes: 1000, AtLeastOne: true, UpTo: 300}); !errors.Is(err, tiering.ErrStorage) {
+	if err := read(); !errors.Is(err, tiering.ErrStorage) {
 		t.Errorf("a vanished object: %v", err)
 	}
 }
