@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -305,9 +306,10 @@ func TestPoison(t *testing.T) {
 		told := make(chan error, 2)
 		l := open(t, fs, func(c *Config) { c.OnFatal = func(err error) { told <- err } })
 		store(t, l, command(1, 1, 1, 10))
+		failing := op + " " + filepath.Base(l.cur.name) // not the filler's
 		fs.mu.Lock()
 		fs.trace = func(s string) {
-			if strings.HasPrefix(s, op) && fs.failAt == 0 {
+			if strings.HasPrefix(s, failing) && fs.failAt == 0 {
 				fs.failAt, fs.failErr = fs.ops, syscall.EIO
 			}
 		}
@@ -694,20 +696,22 @@ func TestSnapshots(t *testing.T) {
 	if list, _ := s.Store().List(); len(list) != 1 || list[0].Index != 150 {
 		t.Errorf("after reopening: %v", list)
 	}
+	fs.mu.Lock() // the filler is at work
 	for name, ino := range fs.files {
 		if strings.HasSuffix(name, ".snap") {
 			ino.data[len(ino.data)/2] ^= 1
 		}
 	}
+	fs.mu.Unlock()
 	if _, _, err := s.Open(mustList(t, s)[0].ID); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("a flipped bit: %v", err)
 	}
+	l.Close()
 	for name := range fs.files {
 		if strings.HasSuffix(name, ".snap") {
 			delete(fs.files, name)
 		}
 	}
-	l.Close()
 	l = open(t, fs, nil)
 	if _, err := OpenSnapshots(l); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("a log that begins behind %d without snapshot: %v", base, err)
