@@ -242,7 +242,8 @@ func (h *Host) Prove(ctx context.Context, s record.ShardID) error {
 		return ErrNotLeader
 	}
 	commit := g.raft.CommitIndex()
-	if err := h.await(ctx, "the commit index to be applied", func() bool { return g.raft.AppliedIndex() >= commit }); err != nil {
+	// Not raft's AppliedIndex: raft moves it after ApplyBatch, where await is woken, and nothing would ask again.
+	if err := h.await(ctx, "the commit index to be applied", func() bool { return g.applied.Load() >= commit }); err != nil {
 		return err
 	}
 	if g.raft.CurrentTerm() != term || g.leads.Load() != term {
