@@ -252,10 +252,7 @@ func startMinIO(t *testing.T) *Store {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = s.Kill() })
-	for _, kv := range s.Env() {
-		k, v, _ := strings.Cut(kv, "=")
-		t.Setenv(k, v)
-	}
+	credentials(t, s)
 	bucket(s.URL("estran"))(t)
 	return s
 }

@@ -137,22 +137,7 @@ func (n *Node) end(sig syscall.Signal) error {
 	if n.cmd == nil {
 		return nil
 	}
-	select {
-	case <-n.done:
-		return nil
-	default:
-	}
-	if err := n.cmd.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
-		return err
-	}
-	select {
-	case <-n.done:
-		return nil
-	case <-time.After(60 * time.Second):
-		_ = n.cmd.Process.Kill() // it may just have ended
-		<-n.done
-		return errors.New("localstack: estran did not end within 60 s")
-	}
+	return endProcess(n.cmd, n.done, sig, 60*time.Second)
 }
 
 // Alive reports whether the process runs.

@@ -171,7 +171,7 @@ func (s *Store) Start(ctx context.Context) error {
 	s.cmd = exec.Command(program, s.args...)
 	s.cmd.Env = append(os.Environ(), s.env...)
 	s.cmd.Stdout, s.cmd.Stderr = s.out, s.out
-	if err := s.cmd.Start(); err != nil {
+	if err := errors.Join(s.cmd.Start(), s.out.Close()); err != nil { // the process has the log open itself
 		return fmt.Errorf("localstack: starting %s: %w", s.name, err)
 	}
 	s.done = make(chan struct{})
@@ -210,21 +210,27 @@ func (s *Store) Kill() error { return s.end(syscall.SIGKILL) }
 func (s *Store) Stop() error { return s.end(syscall.SIGTERM) }
 
 func (s *Store) end(sig syscall.Signal) error {
+	return endProcess(s.cmd, s.done, sig, 10*time.Second)
+}
+
+// endProcess sends sig and waits until the process is gone, which done tells. One that takes longer than limit is killed, and that is an error.
+func endProcess(cmd *exec.Cmd, done <-chan struct{}, sig syscall.Signal, limit time.Duration) error {
 	select {
-	case <-s.done:
+	case <-done:
 		return nil
 	default:
 	}
-	if err := s.cmd.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
+	if err := cmd.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
 	}
 	select {
-	case <-s.done:
-	case <-time.After(10 * time.Second):
-		_ = s.cmd.Process.Kill() // it may just have ended
-		<-s.done
+	case <-done:
+		return nil
+	case <-time.After(limit):
+		_ = cmd.Process.Kill() // it may just have ended
+		<-done
+		return fmt.Errorf("localstack: %s did not end within %s", filepath.Base(cmd.Path), limit)
 	}
-	return s.out.Close()
 }
 
 func freePort() (int, error) {

@@ -33,10 +33,7 @@ func TestStores(t *testing.T) {
 					t.Fatal(err)
 				}
 				t.Cleanup(func() { _ = s.Kill() })
-				for _, kv := range s.Env() {
-					k, v, _ := strings.Cut(kv, "=")
-					t.Setenv(k, v)
-				}
+				credentials(t, s)
 				for _, sdk := range []string{"aws", "s3compatible"} {
 					t.Run(sdk, func(t *testing.T) {
 						objtest.Run(t, bucket(s.URL("contract-"+sdk)+"&provider="+sdk))
@@ -65,5 +62,13 @@ func bucket(url string) func(*testing.T) objstore.Bucket {
 			}
 		}
 		return b
+	}
+}
+
+// credentials gives this process what a client of the store needs.
+func credentials(t *testing.T, s *Store) {
+	for _, kv := range s.Env() {
+		k, v, _ := strings.Cut(kv, "=")
+		t.Setenv(k, v)
 	}
 }

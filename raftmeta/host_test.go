@@ -354,6 +354,8 @@ func TestCloseAnswersEveryAppend(t *testing.T) {
 		h := openHost(t, t.TempDir(), nil)
 		tp := record.TopicPartition{Topic: newTopic(t, h, "t", 1).ID}
 		var calls, answers atomic.Int64
+		middle := 1 + int64(rand.New(rand.NewPCG(seed, 1)).IntN(300)) // the answer at which the node closes
+		reached := make(chan struct{})
 		var wg sync.WaitGroup
 		for range 4 {
 			wg.Go(func() {
@@ -364,14 +366,14 @@ func TestCloseAnswersEveryAppend(t *testing.T) {
 						if once.Swap(true) {
 							t.Error("answered twice")
 						}
-						answers.Add(1)
+						if answers.Add(1) == middle {
+							close(reached)
+						}
 					})
 				}
 			})
 		}
-		for answers.Load() < int64(rand.New(rand.NewPCG(seed, 1)).IntN(300)) {
-			time.Sleep(100 * time.Microsecond) // somewhere in the middle
-		}
+		<-reached
 		_ = h.Close(t.Context())
 		wg.Wait()
 		if calls.Load() != answers.Load() {

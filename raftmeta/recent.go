@@ -63,10 +63,3 @@ func (r *recentIndex) find(tp record.TopicPartition, from record.Offset, max int
 	}
 	return out
 }
-
-// forget empties the index: every sealed byte then comes from an object.
-func (r *recentIndex) forget() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.m, r.order = nil, nil
-}

@@ -127,7 +127,9 @@ func sealed(n *node) func() bool {
 // forgetRecent makes every sealed byte come from an object.
 func (n *node) forgetRecent() {
 	for _, g := range n.shards {
-		g.recent.forget()
+		g.recent.mu.Lock()
+		g.recent.m, g.recent.order = nil, nil
+		g.recent.mu.Unlock()
 	}
 }
 

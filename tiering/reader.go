@@ -113,7 +113,7 @@ func (r *Reader) readObjects(ctx context.Context, tp record.TopicPartition, from
 			return res, err
 		}
 		if c == nil { // not here yet: answer with what there is
-			r.prefetch(tp, runs, k, ahead)
+			r.prefetch(runs, k, ahead)
 			break
 		}
 		before := res.Next
@@ -122,7 +122,7 @@ func (r *Reader) readObjects(ctx context.Context, tp record.TopicPartition, from
 			r.cache.drop(runs[0].Object.Shard, runs[0].Object.Number)
 			return res, err
 		}
-		r.prefetch(tp, runs, k+1, ahead)
+		r.prefetch(runs, k+1, ahead)
 		if full || res.Next == before || res.Next > runs[0].Run.EndOffset && len(runs) < 2 {
 			break
 		}
@@ -284,7 +284,7 @@ func (r *Reader) fetch(ctx context.Context, o *segment.Object, off, n int64) ([]
 }
 
 // prefetch begins the fetch of the next chunks: of this run, and then of the one behind it.
-func (r *Reader) prefetch(tp record.TopicPartition, runs []RunRef, k, ahead int) {
+func (r *Reader) prefetch(runs []RunRef, k, ahead int) {
 	for i := range runs {
 		ref := runs[i]
 		idx := r.cache.peek(keyOf(&ref, -1))
