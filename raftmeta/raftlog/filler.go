@@ -30,7 +30,10 @@ type filler struct {
 	gen     uint64 // last generation given out
 	size    int64  // of the next file to make
 	err     error
-	noSpace atomic.Bool
+	noSpace atomic.Bool // there is no room for a file, or none for the reserve
+
+	waiting stopwatch // a taker
+	busy    stopwatch // the filler's operation in flight
 }
 
 func (p *filler) init(l *Log) { p.l, p.cond = l, sync.NewCond(&p.mu) }
@@ -41,25 +44,37 @@ func (p *filler) wake() {
 	p.mu.Unlock()
 }
 
-// take returns the next file, of at least need bytes. It waits while there is no space on the disk.
-func (p *filler) take(need int64, stop <-chan struct{}) (*logFile, error) {
+// take returns the next file if there is one of at least need bytes, else nil: the caller awaits it.
+func (p *filler) take(need int64) (*logFile, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	f := p.next
+	if f == nil || f.size < need {
+		return nil, p.err
+	}
+	p.next, p.want = nil, 0
+	p.cond.Broadcast()
+	return f, nil
+}
+
+// await returns when there is a file of at least need bytes to take. It waits while there is no space on the disk; the caller must not
+// hold what freeing the log needs.
+func (p *filler) await(need int64, stop <-chan struct{}) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.want = need
+	p.waiting.start()
+	defer p.waiting.end()
 	for {
-		select {
-		case <-stop:
-			return nil, ErrClosed
-		default:
+		if stopped(stop) {
+			return ErrClosed
 		}
 		if p.err != nil {
-			return nil, p.err
+			return p.err
 		}
 		if f := p.next; f != nil {
 			if f.size >= need {
-				p.next, p.want = nil, 0
-				p.cond.Broadcast()
-				return f, nil
+				return nil
 			}
 			p.next = nil // too small for this batch: it goes back, a larger one is made
 			p.free = append(p.free, f)
@@ -85,7 +100,14 @@ func (p *filler) recycle(f *logFile) {
 func (p *filler) run(stop <-chan struct{}) {
 	for {
 		p.mu.Lock()
-		for p.next != nil && len(p.free) <= 1 && !stopped(stop) {
+		for p.next != nil && len(p.free) <= p.spare() && !stopped(stop) {
+			if p.noSpace.Load() {
+				p.mu.Unlock()
+				p.pause(stop)
+				p.regain()
+				p.mu.Lock()
+				continue
+			}
 			p.cond.Wait()
 		}
 		if stopped(stop) {
@@ -93,43 +115,59 @@ func (p *filler) run(stop <-chan struct{}) {
 			p.mu.Unlock()
 			return
 		}
-		if p.next != nil { // enough is ready: what was freed beyond one file goes
+		if p.next != nil { // enough is ready: what was freed beyond that goes
 			f := p.free[0]
 			p.free = p.free[1:]
 			p.mu.Unlock()
 			p.drop(f)
 			continue
 		}
-		size := max(p.size, alignUp(p.want))
+		size := p.sizeLocked()
 		old := p.pickLocked(size)
 		p.gen++
 		gen := p.gen
 		p.mu.Unlock()
 		f, err := p.make(gen, size, old)
-		p.mu.Lock()
-		switch {
-		case err == nil:
-			p.next, p.size = f, min(max(p.size, firstFileBytes)*2, p.l.cfg.FileBytes)
-			if p.noSpace.Swap(false) {
-				p.l.log.Info("disk has space again", "dir", p.l.cfg.Dir)
-				if err := p.reserve(); err != nil {
-					p.l.log.Warn("cannot make the reserve again", "err", err)
-				}
-			}
-		case errors.Is(err, syscall.ENOSPC):
-			p.mu.Unlock()
+		if full(err) {
 			p.starve(stop)
-			p.mu.Lock()
-		default:
-			p.err = err
+			continue
+		}
+		p.mu.Lock()
+		p.next, p.err = f, err
+		if err == nil && !p.noSpace.Load() {
+			p.size = min(max(p.size, firstFileBytes)*2, p.l.cfg.FileBytes)
 		}
 		p.cond.Broadcast()
 		p.mu.Unlock()
-		if err != nil && !errors.Is(err, syscall.ENOSPC) {
+		if err != nil {
 			return
+		}
+		if p.noSpace.Load() {
+			p.regain()
 		}
 	}
 }
+
+// spare is how many freed files are kept beside the next one.
+func (p *filler) spare() int {
+	if p.noSpace.Load() {
+		return 0
+	}
+	return 1
+}
+
+// sizeLocked is the size of the file to make. On a full disk it is a small one: it is for the entries that are always admitted, such
+// as the commits that let the log be freed, and the space that the reserve gave back must do for them.
+func (p *filler) sizeLocked() int64 {
+	size := p.size
+	if p.noSpace.Load() {
+		size = min(firstFileBytes, p.l.cfg.FileBytes)
+	}
+	return max(size, alignUp(p.want))
+}
+
+// full reports whether err says that there is no room on the disk, for anybody or for this user.
+func full(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
 
 func stopped(stop <-chan struct{}) bool {
 	select {
@@ -161,48 +199,47 @@ func (p *filler) drop(f *logFile) {
 
 // make writes a file in advance or takes an old one, and gives it the header of generation gen.
 func (p *filler) make(gen uint64, size int64, old *logFile) (*logFile, error) {
-	fs, dir := p.l.fs, p.l.cfg.Dir
+	fs := p.l.fs
 	name := p.l.path(fmt.Sprintf("%016x.log", gen))
 	var f File
-	var err error
+	header := func() error {
+		_, err := f.WriteAt(encodeFileHeader(p.l.cfg.Group, gen, size), 0)
+		return err
+	}
+	sync := func() error { return f.Sync() }
+	steps := []func() error{
+		func() (err error) { f, err = fs.Create(name); return err },
+		func() error { return p.zeroFill(f, size) },
+		sync, // a valid header must mean that the whole file is there
+		header, sync,
+	}
 	if old != nil {
 		f, size = old.f, old.size
-		if _, err = f.WriteAt(encodeFileHeader(p.l.cfg.Group, gen, size), 0); err == nil {
-			if err = f.Sync(); err == nil {
-				err = fs.Rename(old.name, name)
-			}
-		}
-	} else {
-		if f, err = fs.Create(name); err == nil {
-			err = zeroFill(f, size)
-		}
-		if err == nil {
-			err = f.Sync() // a valid header must mean that the whole file is there
-		}
-		if err == nil {
-			if _, err = f.WriteAt(encodeFileHeader(p.l.cfg.Group, gen, size), 0); err == nil {
-				err = f.Sync()
-			}
-		}
+		steps = []func() error{header, sync, func() error { return fs.Rename(old.name, name) }}
 	}
-	if err == nil {
-		err = fs.SyncDir(dir)
-	}
-	if err != nil {
-		if f != nil {
-			err = errors.Join(fmt.Errorf("raftlog: making %s: %w", name, err), f.Close())
-			if old == nil {
-				_ = fs.Remove(name) // a leftover is recognised at the next open
-			}
+	for _, step := range append(steps, func() error { return fs.SyncDir(p.l.cfg.Dir) }) {
+		p.busy.start()
+		err := step()
+		p.busy.end()
+		if err == nil {
+			continue
+		}
+		if f == nil {
+			return nil, fmt.Errorf("raftlog: making %s: %w", name, err)
+		}
+		err = errors.Join(fmt.Errorf("raftlog: making %s: %w", name, err), f.Close())
+		if old == nil {
+			_ = fs.Remove(name) // a leftover is recognised at the next open
 		}
 		return nil, err
 	}
 	return &logFile{gen: gen, name: name, f: f, size: size}, nil
 }
 
-func zeroFill(f File, size int64) error {
+func (p *filler) zeroFill(f File, size int64) error {
 	chunk := make([]byte, min(fillChunk, size))
 	for off := int64(0); off < size; off += int64(len(chunk)) {
+		p.busy.start() // a chunk that never ends is a hang, many chunks are not
 		if _, err := f.WriteAt(chunk[:min(int64(len(chunk)), size-off)], off); err != nil {
 			return err
 		}
@@ -210,33 +247,53 @@ func zeroFill(f File, size int64) error {
 	return nil
 }
 
-// starve is called when the disk is full: the reserve is given back and the free budget is 0 until a file can be made.
+// starve is called when the disk is full. The free budget is 0 until there is room for a file and the reserve. The first time what can
+// be given back is: the reserve, and what is kept only as a cache.
 func (p *filler) starve(stop <-chan struct{}) {
-	if !p.noSpace.Swap(true) {
-		p.l.log.Error("disk full: no new log file can be made, records are refused until there is space", "dir", p.l.cfg.Dir)
-		if err := p.l.fs.Remove(p.l.path("reserve")); err != nil && !errors.Is(err, os.ErrNotExist) {
-			p.l.log.Warn("cannot release the reserve", "err", err)
-		}
+	if p.noSpace.Swap(true) {
+		p.pause(stop)
+		return
 	}
+	p.l.log.Error("disk full: no new log file can be made, records are refused until there is space", "dir", p.l.cfg.Dir)
+	if err := p.l.fs.Remove(p.l.path("reserve")); err != nil && !errors.Is(err, os.ErrNotExist) {
+		p.l.log.Warn("cannot release the reserve", "err", err)
+	}
+	p.l.kickFree()
+}
+
+func (p *filler) pause(stop <-chan struct{}) {
 	select {
 	case <-time.After(spaceRetry):
 	case <-stop:
 	}
 }
 
-// reserve makes the file whose space a full disk gives back. Without space for it the log still opens.
+// regain ends the time without space if the reserve can be made again.
+func (p *filler) regain() {
+	p.busy.start()
+	defer p.busy.end()
+	err := p.reserve()
+	if full(err) {
+		return
+	}
+	if err != nil {
+		p.l.log.Warn("cannot make the reserve again", "err", err)
+	}
+	p.noSpace.Store(false)
+	p.l.log.Info("disk has space again", "dir", p.l.cfg.Dir)
+}
+
+// reserve makes the file whose space a full disk gives back.
 func (p *filler) reserve() error {
 	f, err := p.l.fs.Create(p.l.path("reserve"))
 	if errors.Is(err, os.ErrExist) {
 		return nil
 	}
 	if err == nil {
-		err = errors.Join(zeroFill(f, min(reserveMax, p.l.cfg.FileBytes/8)), f.Close())
+		err = errors.Join(p.zeroFill(f, min(reserveMax, p.l.cfg.FileBytes/8)), f.Close())
 	}
-	if errors.Is(err, syscall.ENOSPC) {
-		p.noSpace.Store(true)
+	if full(err) {
 		_ = p.l.fs.Remove(p.l.path("reserve")) // half of it would be of no use
-		return nil
 	}
 	return err
 }

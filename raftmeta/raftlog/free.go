@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"sort"
+	"sync/atomic"
 	"time"
 )
 
@@ -99,9 +100,13 @@ func (l *Log) freeTarget(now time.Time) (index, term uint64) {
 	if limit <= l.base {
 		return 0, 0
 	}
+	keep := l.cfg.LocalRetention
+	if l.NoSpace() {
+		keep = 0 // the cache gives way
+	}
 	cached := l.bytesAboveLocked(l.base) - l.bytesAboveLocked(max(l.base, l.permit))
 	for _, f := range l.order[:max(0, len(l.order)-1)] { // the newest file is being written
-		if cached <= l.cfg.LocalRetention {
+		if cached <= keep {
 			break
 		}
 		n := l.entriesThrough(f)
@@ -184,11 +189,24 @@ func (l *Log) watch() {
 	}
 }
 
-// Stalled is how long the write in flight has taken; 0 if there is none.
+// Stalled is how long the write in flight has been in the disk, or has waited for a file whose making is stuck there; 0 if there is none.
 func (l *Log) Stalled() time.Duration {
-	w := l.writing.Load()
-	if w == 0 {
-		return 0
+	return max(l.writing.running(), min(l.fill.waiting.running(), l.fill.busy.running()))
+}
+
+// stopwatch tells for how long something has been in flight. It goes by the monotonic clock: a wall clock that is set is no hang.
+type stopwatch struct{ since atomic.Pointer[time.Time] }
+
+func (s *stopwatch) start() {
+	now := time.Now()
+	s.since.Store(&now)
+}
+
+func (s *stopwatch) end() { s.since.Store(nil) }
+
+func (s *stopwatch) running() time.Duration {
+	if t := s.since.Load(); t != nil {
+		return time.Since(*t)
 	}
-	return time.Since(time.Unix(0, w))
+	return 0
 }

@@ -95,7 +95,7 @@ type Log struct {
 	fill filler
 	kick chan struct{} // wakes freeLoop
 
-	writing atomic.Int64 // start of the write in flight, ns; 0 = none
+	writing stopwatch // the write in flight
 	poison  atomic.Pointer[error]
 	once    sync.Once
 	stop    chan struct{}
@@ -144,30 +144,33 @@ func (l *Log) StoreLogs(es []*raft.Log) error {
 	}
 	l.wmu.Lock()
 	defer l.wmu.Unlock()
-	if err := l.Poisoned(); err != nil {
-		return err
-	}
 	began := time.Now()
-	if err := l.check(es); err != nil {
-		return err
-	}
 	var size int64
 	for _, e := range es {
 		size += recordHeader + int64(len(e.Data)) + int64(len(e.Extensions))
 	}
 	size = alignUp(size)
-	if err := l.room(size, len(es)); err != nil {
-		return err
+	for ready := false; !ready; {
+		if err := l.Poisoned(); err != nil {
+			return err
+		}
+		if err := l.check(es); err != nil {
+			return err
+		}
+		var err error
+		if ready, err = l.room(size, len(es)); err != nil {
+			return err
+		}
 	}
 	l.encode(es, size)
-	l.writing.Store(began.UnixNano())
+	l.writing.start() // not began: waiting for space is no hang
 	err := l.cur.f.WriteVec(l.vecs, l.pos)
 	if err == nil {
 		synced := time.Now()
 		err = l.cur.f.Sync()
 		observe(l.cfg.Metrics.Fsync, synced)
 	}
-	l.writing.Store(0)
+	l.writing.end()
 	clear(l.vecs)
 	if err != nil {
 		return l.fail(fmt.Errorf("writing entries %d to %d: %w", es[0].Index, es[len(es)-1].Index, err))
@@ -294,23 +297,32 @@ func (l *Log) cutLocked(min uint64) {
 	l.tail.cut(min)
 }
 
-// room makes sure that cur has space for a batch, and for its index afterwards; otherwise the next file is taken.
-func (l *Log) room(size int64, records int) error {
+// room makes sure that cur has space for a batch, and for its index afterwards; otherwise the next file is taken. If it had to wait for
+// that it reports false: wmu was released meanwhile, so that the log can be freed, and what was checked may have changed.
+func (l *Log) room(size int64, records int) (ready bool, err error) {
 	need := size + alignUp(int64(len(l.recs)+records)*indexEntry) + blockBytes
 	if l.cur != nil && l.pos+need <= l.cur.size {
-		return nil
+		return true, nil
+	}
+	need = blockBytes + size + alignUp(int64(records)*indexEntry) + blockBytes
+	f, err := l.fill.take(need)
+	if err == nil && f == nil {
+		l.wmu.Unlock()
+		err = l.fill.await(need, l.stop)
+		l.wmu.Lock()
+	}
+	switch {
+	case errors.Is(err, ErrClosed):
+		return false, err
+	case err != nil:
+		return false, l.fail(err)
+	case f == nil:
+		return false, nil
 	}
 	if l.cur != nil {
 		if err := l.closeFile(l.cur, l.pos, l.recs, l.batch); err != nil {
-			return l.fail(err)
+			return false, l.fail(errors.Join(err, f.f.Close()))
 		}
-	}
-	f, err := l.fill.take(blockBytes+size+alignUp(int64(records)*indexEntry)+blockBytes, l.stop)
-	if err != nil {
-		if errors.Is(err, ErrClosed) {
-			return err
-		}
-		return l.fail(err)
 	}
 	l.cur, l.pos, l.recs = f, blockBytes, l.recs[:0]
 	l.mu.Lock()
@@ -319,7 +331,7 @@ func (l *Log) room(size int64, records int) error {
 	l.order = append(l.order, f)
 	l.mu.Unlock()
 	count(l.cfg.Metrics.Rotations, 1)
-	return nil
+	return true, nil
 }
 
 // fail poisons the store: the first failed write is the last.

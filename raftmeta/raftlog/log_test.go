@@ -352,9 +352,7 @@ func TestDiskFull(t *testing.T) {
 	if l.Poisoned() != nil {
 		t.Fatalf("a full disk poisoned the store: %v", l.Poisoned())
 	}
-	fs.mu.Lock()
-	fs.space = 64 << 20
-	fs.mu.Unlock()
+	fs.addSpace(64 << 20)
 	if err := <-stored; err != nil {
 		t.Fatal(err)
 	}

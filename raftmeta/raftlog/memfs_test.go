@@ -27,6 +27,7 @@ type memFS struct {
 	failErr error
 	dead    bool
 	space   int64 // bytes left; < 0 = no limit
+	fullErr error // what a write without space gives
 	trace   func(op string)
 }
 
@@ -41,7 +42,7 @@ const sector = 512
 var errCrashed = errors.New("crashed")
 
 func newMemFS() *memFS {
-	return &memFS{files: map[string]*memInode{}, dirs: map[string]bool{}, durable: map[string]*memInode{}, space: -1}
+	return &memFS{files: map[string]*memInode{}, dirs: map[string]bool{}, durable: map[string]*memInode{}, space: -1, fullErr: syscall.ENOSPC}
 }
 
 // step counts an operation and fails it if its turn has come.
@@ -63,6 +64,13 @@ func (m *memFS) step(op string) error {
 		}
 	}
 	return nil
+}
+
+// addSpace makes room on a disk with a limit.
+func (m *memFS) addSpace(n int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.space += n
 }
 
 // crash returns what a machine would find after a power cut now.
@@ -233,7 +241,7 @@ func (f *memFile) WriteVec(bufs [][]byte, off int64) error {
 			if f.m.space >= 0 {
 				if f.m.space -= grow; f.m.space < 0 {
 					f.m.space += grow
-					return syscall.ENOSPC
+					return f.m.fullErr
 				}
 			}
 			f.ino.data = append(f.ino.data, make([]byte, grow)...)

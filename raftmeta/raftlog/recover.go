@@ -70,7 +70,13 @@ func (l *Log) recover() error {
 		l.fill.size = min(max(l.fill.size, f.size*2), l.cfg.FileBytes)
 	}
 	l.fill.size = min(l.fill.size, l.cfg.FileBytes)
-	return l.fill.reserve()
+	if err := l.fill.reserve(); full(err) {
+		l.fill.noSpace.Store(true) // the log opens all the same
+	} else if err != nil {
+		return fmt.Errorf("raftlog: making the reserve: %w", err)
+	}
+	l.fill.busy.end()
+	return nil
 }
 
 // openFiles opens every log file with a valid header, in order of generation, and removes those that were being made.
@@ -259,8 +265,8 @@ func (l *Log) closeFile(f *logFile, end int64, recs []idxEntry, batch uint64) er
 	t = be.AppendUint64(t, batch)
 	t = be.AppendUint32(t, crcOf(b))
 	t = be.AppendUint32(t, crcOf(t))
-	l.writing.Store(time.Now().UnixNano())
-	defer l.writing.Store(0)
+	l.writing.start()
+	defer l.writing.end()
 	if _, err := f.f.WriteAt(b, end); err != nil {
 		return fmt.Errorf("writing the index of %s: %w", f.name, err)
 	}
