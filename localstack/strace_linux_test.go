@@ -1,0 +1,92 @@
+package localstack
+
+import (
+	"bufio"
+	"context"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// inject makes strace fail or interrupt the node's system calls from now on, as expr says. The node goes on without it when the test ends.
+func inject(t *testing.T, n *Node, call, expr string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	cmd := exec.CommandContext(ctx, "strace", "-f", "-p", strconv.Itoa(n.PID), "-o", filepath.Join(t.TempDir(), "trace"), "-e", "trace="+call, "-e", "inject="+call+":"+expr)
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) } // it lets the node go
+	cmd.WaitDelay = 10 * time.Second
+	pipe, err := cmd.StderrPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	said, done := make(chan string, 1), make(chan struct{})
+	go func() {
+		defer close(done)
+		for sc := bufio.NewScanner(pipe); sc.Scan(); {
+			select {
+			case said <- sc.Text():
+			default:
+			}
+		}
+		_ = cmd.Wait() // killed by us, or over with the node
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-done
+	})
+	select {
+	case line := <-said:
+		if !strings.Contains(line, "attached") {
+			t.Skip("strace cannot attach here: ", line)
+		}
+	case <-done:
+		t.Skip("strace cannot attach here")
+	}
+}
+
+// A system call of the log fails in a real node under load, or the process dies in it: the node ends and says why, and after a restart
+// without the fault everything acknowledged is served, once and in order.
+func TestFailingSystemCalls(t *testing.T) {
+	if _, err := exec.LookPath("strace"); err != nil {
+		t.Skip("strace is not installed")
+	}
+	for _, c := range []struct{ name, call, expr, says string }{
+		{"fsync fails", "fdatasync", "error=EIO:when=10", "input/output error"},
+		{"no space for a write", "pwritev", "error=ENOSPC:when=10", "no space left on device"},
+		{"no file can be written", "pwrite64", "error=EIO:when=2+", "input/output error"},
+		{"killed in an fsync", "fdatasync", "signal=SIGKILL:when=10", ""},
+		{"killed in a write", "pwritev", "signal=SIGKILL:when=10", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			n := startNode(t, t.TempDir(), []string{"ESTRAN_QUORUM_SHARDS=2", "ESTRAN_TIERING_SEAL_BYTES=1MiB", "ESTRAN_TIERING_SEAL_AGE=300ms"})
+			createTopic(t, n, "t", 4)
+			l := &ledger{acked: map[int32]map[int64]string{}}
+			ctx, cancel := context.WithCancel(t.Context())
+			var wg sync.WaitGroup
+			defer wg.Wait()
+			defer cancel()
+			wg.Go(func() { l.produce(t, n, "t", 4, ctx, 1<<30) })
+			until(t, "an acknowledgement", func() bool { return l.count() > 0 })
+			inject(t, n, c.call, c.expr)
+			until(t, "the end of the node", func() bool { return !n.Alive() })
+			if n.err == nil || c.says != "" && (!strings.Contains(n.Tail(), "poisoned") || !strings.Contains(n.Tail(), c.says)) {
+				t.Errorf("ended with %v and said:\n%s", n.err, n.Tail())
+			}
+			before := l.count()
+			restart(t, n)
+			until(t, "an acknowledgement after the restart", func() bool { return l.count() > before })
+			cancel()
+			wg.Wait()
+			l.verify(t, n, "t")
+			t.Logf("%d of %d records were acknowledged before the fault", before, l.count())
+		})
+	}
+}
