@@ -9,7 +9,7 @@ TOOL     := $(GO) tool -modfile=tools/go.mod
 FUZZTIME ?= 20s
 BENCHTIME?= 1s
 
-.PHONY: build test short lint cross race fuzz bench bench-go bench-kafka golden localstack-bin compose-test image clean
+.PHONY: build test short lint cross race fuzz bench bench-go bench-kafka bench-wal golden localstack-bin compose-test image clean
 
 build: ## one static binary, ./estran
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o estran ./cmd/estran
@@ -44,6 +44,9 @@ bench-go:
 
 bench-kafka: build ## produce, consume, start-up and memory beside Apache Kafka, one run (needs Java 17 and Maven)
 	bash bench/run
+
+bench-wal: ## StoreLogs beside hashicorp/raft-wal, a module of its own; TMPDIR says which disk
+	cd bench/wal && $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) .
 
 golden: ## rewrite golden files; read the diff, commit what you understand
 	UPDATE_GOLDEN=1 $(GO) test ./tiering/... ./raftmeta/... ./broker/... ./cmd/...
