@@ -41,15 +41,16 @@ var allowed = map[string][]string{
 
 // testsMay lists what only test files of a package may import beside the table.
 var testsMay = map[string][]string{
-	"objstore":       {"objstore/mem", "objstore/objtest"},
-	"objstore/mem":   {"objstore/objtest"},
-	"objstore/fs":    {"objstore/objtest"},
-	"objstore/s3":    {"objstore/objtest", "localstack"},
-	"objstore/minio": {"objstore/objtest", "localstack"},
-	"objstore/open":  {"objstore/objtest", "localstack"},
-	"localstack":     {"objstore/s3", "objstore/minio", "objstore/open", "objstore/objtest"},
-	"tiering":        {"objstore/mem", "objstore/fs"},
-	"raftmeta":       {"objstore/mem"},
+	"objstore":         {"objstore/mem", "objstore/objtest"},
+	"objstore/mem":     {"objstore/objtest"},
+	"objstore/fs":      {"objstore/objtest"},
+	"objstore/s3":      {"objstore/objtest", "localstack"},
+	"objstore/minio":   {"objstore/objtest", "localstack"},
+	"objstore/open":    {"objstore/objtest", "localstack"},
+	"raftmeta/raftlog": {"localstack"},
+	"localstack":       {"objstore/s3", "objstore/minio", "objstore/open", "objstore/objtest"},
+	"tiering":          {"objstore/mem", "objstore/fs"},
+	"raftmeta":         {"objstore/mem"},
 }
 
 // owners says which packages alone may import an outside module (a path or anything below it); the longest path wins.

@@ -3,69 +3,50 @@ package raftlog
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
-)
 
-// runTool runs a program that must not take long: nothing may hang the tests.
-func runTool(name string, args ...string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.WaitDelay = time.Second
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, bytes.TrimSpace(out))
-	}
-	return nil
-}
+	"github.com/estran/estran/localstack"
+)
 
 const diskBytes = 64 << 20
 
 // newDisk makes an ext4 image. The test is skipped where one cannot be mounted.
 func newDisk(t *testing.T) (image string) {
 	t.Helper()
-	switch _, err := os.Stat("/dev/loop-control"); {
-	case testing.Short():
+	if testing.Short() {
 		t.Skip("disks are left out with -short")
-	case os.Geteuid() != 0:
-		t.Skip("mounting a disk image needs root")
-	case err != nil:
-		t.Skip("there are no loop devices here")
-	}
-	for _, tool := range []string{"mkfs.ext4", "mount", "umount", "cp"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skip("not installed: " + tool)
-		}
 	}
 	image = filepath.Join(t.TempDir(), "disk")
-	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, diskBytes)); err != nil {
-		t.Fatal(err)
-	}
-	if err := runTool("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", image); err != nil {
-		t.Fatal(err)
-	}
+	must(t, localstack.MakeDisk(image, diskBytes))
 	return image
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if errors.Is(err, localstack.ErrNoDisk) {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 }
 
 // mount mounts the image until the function that it returns is called, or the test ends.
 func mount(t *testing.T, image string) (dir string, umount func()) {
 	t.Helper()
 	dir = t.TempDir()
-	if err := runTool("mount", "-o", "loop,noatime", image, dir); err != nil {
-		t.Skip("a disk image cannot be mounted here: ", err)
-	}
+	must(t, localstack.MountDisk(image, dir))
 	umount = sync.OnceFunc(func() {
-		if err := runTool("umount", dir); err != nil {
-			t.Error(errors.Join(err, runTool("umount", "-l", dir)))
+		if err := localstack.UnmountDisk(dir); err != nil {
+			t.Error(err)
 		}
 	})
 	t.Cleanup(umount)
@@ -187,18 +168,17 @@ func (p *process) kill() map[uint64]uint64 {
 // between them.
 func lose(t *testing.T, image string) (after string) {
 	t.Helper()
-	dir := t.TempDir()
+	after = filepath.Join(t.TempDir(), "disk")
 	var last []byte
-	for n := range 50 {
-		after = filepath.Join(dir, fmt.Sprint("copy", n%2))
-		if err := runTool("cp", "--sparse=always", image, after); err != nil {
-			t.Fatal(err)
-		}
-		b, err := os.ReadFile(after)
+	for range 50 {
+		b, err := os.ReadFile(image)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if bytes.Equal(b, last) {
+			if err := os.WriteFile(after, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
 			return after
 		}
 		last = b
