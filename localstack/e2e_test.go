@@ -128,6 +128,7 @@ type ledger struct {
 	mu    sync.Mutex
 	acked map[int32]map[int64]string // partition -> offset -> value
 	sent  int
+	opts  []kgo.Opt // of the producer, beside its own
 }
 
 func (l *ledger) ack(r *kgo.Record) {
@@ -168,7 +169,7 @@ func intact(v string) (p int32, i int, ok bool) {
 
 // produce sends to every partition in turn, idempotently, until ctx ends, and waits for what is in flight.
 func (l *ledger) produce(t *testing.T, n *Node, topic string, partitions int32, ctx context.Context, stopAt int) {
-	cl := client(t, n, kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.RecordRetries(1<<30), kgo.ProducerLinger(0), kgo.MaxBufferedRecords(2000))
+	cl := client(t, n, append(l.opts, kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.RecordRetries(1<<30), kgo.ProducerLinger(0), kgo.MaxBufferedRecords(2000))...)
 	for i := 0; ctx.Err() == nil && i < stopAt; i++ {
 		for p := range partitions {
 			cl.Produce(t.Context(), &kgo.Record{Topic: topic, Partition: p, Value: value(p, i, 100+i%7*300)}, func(r *kgo.Record, err error) {
