@@ -148,15 +148,21 @@ func (s *Server) closeListeners() {
 	}
 }
 
-// Close ends every connection and waits for it.
-func (s *Server) Close() error {
+// Abort closes every listener and connection and waits for nothing: clients see the end of them even when requests are stuck. Close
+// may follow.
+func (s *Server) Abort() {
 	s.cancel()
 	s.closeListeners()
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	for c := range s.conns {
 		c.abort()
 	}
-	s.mu.Unlock()
+}
+
+// Close ends every connection and waits for it.
+func (s *Server) Close() error {
+	s.Abort()
 	s.wg.Wait()
 	s.groups.close()
 	return nil

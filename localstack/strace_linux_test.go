@@ -77,7 +77,7 @@ func TestFailingSystemCalls(t *testing.T) {
 			until(t, "an acknowledgement", func() bool { return l.count() > 0 })
 			inject(t, n, c.call, c.expr)
 			until(t, "the end of the node", func() bool { return !n.Alive() })
-			if n.err == nil || c.says != "" && (!strings.Contains(n.Tail(), "poisoned") || !strings.Contains(n.Tail(), c.says)) {
+			if n.err == nil || c.says != "" && (!strings.Contains(n.Tail(), "E_DISK_WRITE") || !strings.Contains(n.Tail(), c.says)) {
 				t.Errorf("ended with %v and said:\n%s", n.err, n.Tail())
 			}
 			before := l.count()

@@ -15,9 +15,6 @@ import (
 	"github.com/estran/estran/raftmeta/raftlog"
 )
 
-// raftlogHung marks a disk that does not answer.
-var raftlogHung = raftlog.ErrHung
-
 // storageURL is where objects go: by default a directory below the data directory.
 func (c *config) storageURL() string {
 	if c.Storage.URL != "" {
@@ -73,6 +70,22 @@ func dataDirFault(cfg *config, err error) error {
 	}
 	return f
 }
+
+// diskFault explains a node's end by its disk; any other error stays what it is.
+func diskFault(cfg *config, err error) error {
+	f := &fault{Err: err, What: fmt.Sprintf("data directory %s (node.data_dir, from %s): %s", cfg.Node.DataDir, cfg.from("node.data_dir"), oneLine(err))}
+	switch {
+	case errors.Is(err, raftlog.ErrHung):
+		f.Code, f.Fix = "E_DISK_HUNG", "see what holds the disk up; start the node again when it answers: what was acknowledged is there"
+	case errors.Is(err, raftlog.ErrPoisoned):
+		f.Code, f.Fix = "E_DISK_WRITE", "see the kernel's log about the disk, then start the node again: what was acknowledged is there"
+	default:
+		return err
+	}
+	return f
+}
+
+func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
 
 // errBucketForeign: the bucket's mark names another cluster or version.
 var errBucketForeign = errors.New("the bucket is marked for another cluster or version")

@@ -25,6 +25,7 @@ import (
 	"github.com/estran/estran/objstore"
 	"github.com/estran/estran/objstore/open"
 	"github.com/estran/estran/raftmeta"
+	"github.com/estran/estran/raftmeta/raftlog"
 	"github.com/estran/estran/tiering"
 	"github.com/estran/estran/tiering/record"
 )
@@ -301,10 +302,13 @@ func (n *node) run(ctx context.Context, s streams) error {
 		cancel()
 	case err = <-n.fatal:
 		n.log.Error("stopping", "component", "node", "err", err)
-		_ = n.kafka.Close()
-		if errors.Is(err, raftlogHung) { // threads in the disk cannot be waited for; clients must see the connections end
-			os.Exit(exitError)
+		err = diskFault(n.cfg, err)
+		if errors.Is(err, raftlog.ErrHung) {
+			// A thread in the disk cannot be waited for, and until it comes back the kernel keeps what the process has open.
+			n.server.Abort()
+			os.Exit(printError(s.err, err))
 		}
+		_ = n.kafka.Close()
 	}
 	n.stop(context.Background())
 	return err

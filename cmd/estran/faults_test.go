@@ -1,0 +1,39 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/estran/estran/raftmeta/raftlog"
+)
+
+// A disk that fails under a running node is one clear error, though its cause has several parts.
+func TestDiskFault(t *testing.T) {
+	cfg := &config{}
+	cfg.Node.DataDir = "/data"
+	write := fmt.Errorf("%w: %w", raftlog.ErrPoisoned, errors.Join(fmt.Errorf("fdatasync f: %w", syscall.EIO), errors.New("closing it")))
+	for code, err := range map[string]error{"E_DISK_WRITE": write, "E_DISK_HUNG": fmt.Errorf("%w: for 31s", raftlog.ErrHung)} {
+		var b bytes.Buffer
+		if got := printError(&b, diskFault(cfg, err)); got != exitError {
+			t.Errorf("exit %d", got)
+		}
+		for _, w := range []string{"error: data directory /data", "fix: ", code} {
+			if strings.Count(b.String(), w) != 1 {
+				t.Errorf("%q is not there once:\n%s", w, &b)
+			}
+		}
+		if strings.Count(b.String(), "\n") != 3 {
+			t.Errorf("not one line each:\n%s", &b)
+		}
+		if !errors.Is(diskFault(cfg, err), err) {
+			t.Errorf("%s hides its cause", code)
+		}
+	}
+	if other := errors.New("listener"); diskFault(cfg, other) != other {
+		t.Error("another error was changed")
+	}
+}
