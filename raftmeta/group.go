@@ -126,6 +126,7 @@ func (g *group) openStores(dir string) error {
 	if g.stable, err = raftlog.OpenStable(c.FS, dir, c.OnFatal); err != nil {
 		return err
 	}
+	g.log.WatchStable(g.stable)
 	if g.snaps, err = raftlog.OpenSnapshots(g.log); err != nil {
 		return err
 	}

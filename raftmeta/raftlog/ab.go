@@ -17,10 +17,11 @@ const (
 
 // abFile is a small durable record with two slots that are written in turn, so that a torn write leaves the old one.
 type abFile struct {
-	mu  sync.Mutex
-	f   File
-	seq uint64
-	val []byte
+	mu   sync.Mutex
+	f    File
+	seq  uint64
+	val  []byte
+	busy stopwatch // a write in flight
 }
 
 // openAB opens or creates the file. A file in which a slot was written and none is valid is corrupt.
@@ -110,6 +111,8 @@ func (a *abFile) set(val []byte) error {
 	be.PutUint32(b[16:], uint32(len(val)))
 	copy(b[20:], val)
 	be.PutUint32(b[20+len(val):], crcOf(b[:20+len(val)]))
+	a.busy.start()
+	defer a.busy.end()
 	if _, err := a.f.WriteAt(b, int64((a.seq+1)%2)*blockBytes); err != nil {
 		return err
 	}

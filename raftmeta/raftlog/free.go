@@ -190,9 +190,17 @@ func (l *Log) watch() {
 }
 
 // Stalled is how long the write in flight has been in the disk, or has waited for a file whose making is stuck there; 0 if there is none.
+// The small records count too: the base, and the term and vote of a store that WatchStable named.
 func (l *Log) Stalled() time.Duration {
-	return max(l.writing.running(), min(l.fill.waiting.running(), l.fill.busy.running()))
+	d := max(l.writing.running(), min(l.fill.waiting.running(), l.fill.busy.running()), l.baseRec.busy.running())
+	if s := l.stable.Load(); s != nil {
+		d = max(d, s.file.busy.running())
+	}
+	return d
 }
+
+// WatchStable lets the log's watchdog watch the group's stable store as well: raft waits for it.
+func (l *Log) WatchStable(s *Stable) { l.stable.Store(s) }
 
 // stopwatch tells for how long something has been in flight. It goes by the monotonic clock: a wall clock that is set is no hang.
 type stopwatch struct{ since atomic.Pointer[time.Time] }

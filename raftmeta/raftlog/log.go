@@ -96,6 +96,7 @@ type Log struct {
 	kick chan struct{} // wakes freeLoop
 
 	writing stopwatch // the write in flight
+	stable  atomic.Pointer[Stable]
 	poison  atomic.Pointer[error]
 	once    sync.Once
 	stop    chan struct{}

@@ -340,3 +340,41 @@ func TestFreeingServesAWaitingWrite(t *testing.T) {
 		}
 	})
 }
+
+// The small records hang too: the base, when the log is freed, and a vote, for which raft waits.
+func TestHungRecords(t *testing.T) {
+	for _, name := range []string{"base", "stable"} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				fs := newGateFS()
+				l, told := openWatched(t, fs)
+				s, err := OpenStable(fs, "/log", nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				l.WatchStable(s)
+				for i := uint64(1); i <= 30; i++ {
+					store(t, l, command(i, 1, 1, 50_000))
+				}
+				disk := make(chan struct{})
+				fs.set(func(op, n string) {
+					if op == "sync" && n == name+".tmp" { // as it was made
+						<-disk
+					}
+				})
+				set := make(chan error, 1)
+				if name == "stable" {
+					go func() { set <- s.SetUint64([]byte(keyCurrentTerm), 7) }()
+				} else {
+					l.Permit(30)
+					set <- nil
+				}
+				wantHung(t, told)
+				close(disk)
+				if err := <-set; err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+}
