@@ -250,15 +250,23 @@ func (p *filler) zeroFill(f File, size int64) error {
 // starve is called when the disk is full. The free budget is 0 until there is room for a file and the reserve. The first time what can
 // be given back is: the reserve, and what is kept only as a cache.
 func (p *filler) starve(stop <-chan struct{}) {
-	if p.noSpace.Swap(true) {
+	if !p.declareFull() {
 		p.pause(stop)
 		return
 	}
-	p.l.log.Error("disk full: no new log file can be made, records are refused until there is space", "dir", p.l.cfg.Dir)
 	if err := p.l.fs.Remove(p.l.path("reserve")); err != nil && !errors.Is(err, os.ErrNotExist) {
 		p.l.log.Warn("cannot release the reserve", "err", err)
 	}
+}
+
+// declareFull begins the time without space; it reports whether it had not begun before.
+func (p *filler) declareFull() bool {
+	if p.noSpace.Swap(true) {
+		return false
+	}
+	p.l.log.Error("disk full: there is no room for a log file and the reserve, records are refused until there is", "dir", p.l.cfg.Dir)
 	p.l.kickFree()
+	return true
 }
 
 func (p *filler) pause(stop <-chan struct{}) {

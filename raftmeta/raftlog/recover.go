@@ -71,7 +71,7 @@ func (l *Log) recover() error {
 	}
 	l.fill.size = min(l.fill.size, l.cfg.FileBytes)
 	if err := l.fill.reserve(); full(err) {
-		l.fill.noSpace.Store(true) // the log opens all the same
+		l.fill.declareFull() // the log opens all the same
 	} else if err != nil {
 		return fmt.Errorf("raftlog: making the reserve: %w", err)
 	}
