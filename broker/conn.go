@@ -11,6 +11,8 @@ import (
 	"runtime"
 	"sync"
 	"time"
+
+	"github.com/estran/estran/tiering/record"
 )
 
 func cores() int { return runtime.GOMAXPROCS(0) }
@@ -147,7 +149,7 @@ func (c *conn) one(size int32) error {
 	if err := s.frames.Acquire(s.ctx, r.held); err != nil {
 		return err
 	}
-	r.frame = getFrame(int(size))
+	r.frame = record.GetBuffer(int(size))
 	if err := c.c.SetReadDeadline(time.Now().Add(s.cfg.HeaderTimeout + time.Duration(size)*time.Second/(64<<10))); err != nil {
 		r.drop()
 		return err
@@ -222,7 +224,7 @@ func (c *conn) await(a *answer) error {
 // drop gives the frame back: nothing may alias it any more.
 func (r *request) drop() {
 	if r.frame != nil {
-		putFrame(r.frame)
+		record.PutBuffer(r.frame)
 		r.frame, r.b = nil, nil
 		r.s.frames.Release(r.held)
 	}
@@ -335,38 +337,4 @@ func (c *conn) done(a *answer) {
 	if a.api != nil {
 		c.s.m.observe(a)
 	}
-}
-
-// Frames are pooled by size class.
-var framePools [21]sync.Pool // 2^12 … 2^32
-
-func frameClass(n int) int {
-	k := 0
-	for 1<<(12+k) < n {
-		k++
-	}
-	return k
-}
-
-const framePooled = 10 // up to 4 MiB
-
-func getFrame(n int) []byte {
-	k := frameClass(n)
-	if k > framePooled {
-		return make([]byte, n)
-	}
-	if b, ok := framePools[k].Get().(*[]byte); ok {
-		return (*b)[:n]
-	}
-	return make([]byte, n, 1<<(12+k))
-}
-
-func putFrame(b []byte) {
-	k := frameClass(cap(b))
-	if k > framePooled || cap(b) != 1<<(12+k) {
-		return
-	}
-	poisonFrame(b[:cap(b)])
-	b = b[:0]
-	framePools[k].Put(&b)
 }

@@ -20,8 +20,8 @@ const (
 	readRefs = 64
 	// copyBelow: smaller batches are copied behind one another instead of being sent as a buffer each.
 	copyBelow = 2048
-	// arenaBytes is the usual size of a read's own memory.
-	arenaBytes = 16 << 10
+	// The pieces of a read's own memory double from arenaFirst to arenaMax bytes; a larger batch has a piece for itself.
+	arenaFirst = 16 << 10
 	arenaMax   = 1 << 20
 )
 
@@ -29,10 +29,11 @@ const (
 type hotRead struct {
 	refs  []state.HotRef
 	bufs  [][]byte
-	arena []byte
+	arena []byte   // where take goes on
+	spent [][]byte // full ones before it
 }
 
-var hotReads = sync.Pool{New: func() any { return &hotRead{arena: make([]byte, 0, arenaBytes)} }}
+var hotReads = sync.Pool{New: func() any { return &hotRead{} }}
 
 // ReadHot implements tiering.HotLog.
 func (h *Host) ReadHot(_ context.Context, tp record.TopicPartition, from record.Offset, l tiering.Limits) (tiering.Result, error) {
@@ -73,13 +74,14 @@ func (h *Host) ReadHot(_ context.Context, tp record.TopicPartition, from record.
 	return res, nil
 }
 
+// put gives everything back: nothing may refer to what was read any more.
 func (r *hotRead) put() {
-	clear(r.bufs)
-	r.bufs, r.refs = r.bufs[:0], r.refs[:0]
-	if cap(r.arena) > arenaMax {
-		r.arena = make([]byte, 0, arenaBytes)
+	for _, b := range append(r.spent, r.arena) {
+		record.PutBuffer(b)
 	}
-	r.arena = r.arena[:0]
+	clear(r.bufs)
+	clear(r.spent)
+	r.refs, r.bufs, r.arena, r.spent = r.refs[:0], r.bufs[:0], nil, r.spent[:0]
 	hotReads.Put(r)
 }
 
@@ -160,7 +162,10 @@ func (r *hotRead) add(e *raftlog.Entry, s *state.Slot, base record.Offset, epoch
 // take returns n bytes of the read's own memory; pieces that lie behind one another become one buffer.
 func (r *hotRead) take(n int) []byte {
 	if cap(r.arena)-len(r.arena) < n {
-		r.arena = make([]byte, 0, max(2*cap(r.arena), n)) // the old one stays with the buffers that point into it
+		if cap(r.arena) > 0 {
+			r.spent = append(r.spent, r.arena)
+		}
+		r.arena = record.GetBuffer(max(n, min(2*cap(r.arena), arenaMax), arenaFirst))[:0]
 	}
 	at := len(r.arena)
 	r.arena = r.arena[:at+n]
