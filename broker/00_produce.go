@@ -3,6 +3,7 @@ package broker
 import (
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/estran/estran/raftmeta"
@@ -55,15 +56,33 @@ func handleProduce(r *request) error {
 			batches = append(batches, raftmeta.AppendBatch{TP: record.TopicPartition{Topic: t.ID, Partition: p.partition}, Batch: p.batch})
 		}
 	}
-	done := func(res []raftmeta.AppendResult) { r.produced(acks, parts, topics, res) }
 	if len(batches) == 0 {
-		done(nil)
+		r.produced(acks, parts, topics, nil)
 		return nil
 	}
-	deadline := time.Now().Add(time.Duration(max(timeout, 1)) * time.Millisecond)
-	r.s.b.Append(r.s.ctx, raftmeta.AppendRequest{Batches: batches, Deadline: deadline}, done)
+	wait := max(time.Duration(timeout)*time.Millisecond, leastProduceWait)
+	deadline := time.Now().Add(wait)
+	var answered atomic.Bool
+	late := time.AfterFunc(wait, func() {
+		if answered.CompareAndSwap(false, true) {
+			res := make([]raftmeta.AppendResult, len(batches))
+			for i := range res {
+				res[i] = raftmeta.AppendResult{Err: fmt.Errorf("%w: not durable after %s, it may still become so", raftmeta.ErrTimeout, wait), Base: -1, LogStart: -1}
+			}
+			r.produced(acks, parts, topics, res)
+		}
+	})
+	r.s.b.Append(r.s.ctx, raftmeta.AppendRequest{Batches: batches, Deadline: deadline}, func(res []raftmeta.AppendResult) {
+		late.Stop()
+		if answered.CompareAndSwap(false, true) {
+			r.produced(acks, parts, topics, res)
+		}
+	})
 	return nil
 }
+
+// leastProduceWait: a client whose timeout is shorter, or none, means that it does not want to wait for replicas. Here every record is made durable first.
+const leastProduceWait = time.Second
 
 // decodeProduce reads the partitions; topics has the number of partitions of each topic.
 func decodeProduce(r *request) (parts []producePart, topics []int) {
