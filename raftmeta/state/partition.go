@@ -167,12 +167,15 @@ func (p *partition) epochAt(offset record.Offset) record.LeaderEpoch {
 	return p.Epochs[i-1].Epoch
 }
 
-// epochEnd answers OffsetForLeaderEpoch: the largest epoch that is not above the asked one, and where it ends.
+// epochEnd answers OffsetForLeaderEpoch: the largest epoch that is not above the asked one, and where it ends. Of an epoch from before the first that is
+// known the records are gone: it ended where the log begins.
 func (p *partition) epochEnd(asked record.LeaderEpoch) (record.LeaderEpoch, record.Offset) {
 	i := sort.Search(len(p.Epochs), func(i int) bool { return p.Epochs[i].Epoch > asked })
 	switch {
+	case len(p.Epochs) == 0:
+		return asked, p.High
 	case i == 0:
-		return -1, -1
+		return asked, p.Epochs[0].Start
 	case i == len(p.Epochs):
 		return p.Epochs[i-1].Epoch, p.High
 	}

@@ -80,6 +80,7 @@ func (m *machine) info(p int) PartitionInfo {
 	return i
 }
 
+// Items 23 to 27: the window of five, gaps, unknown producers, epochs, the wrap.
 func TestSequences(t *testing.T) {
 	const max = 1<<31 - 1
 	m := newMachine(t, 1)
@@ -273,6 +274,7 @@ func TestRehome(t *testing.T) {
 	}
 }
 
+// Item 48: as Kafka answers.
 func TestEpochs(t *testing.T) {
 	m := newMachine(t, 1)
 	m.append(m.batch(0, 5, -1, -1, -1))
@@ -282,7 +284,7 @@ func TestEpochs(t *testing.T) {
 	for _, c := range []struct {
 		asked, epoch record.LeaderEpoch
 		end          record.Offset
-	}{{0, -1, -1}, {1, 1, 5}, {2, 1, 5}, {3, 1, 5}, {4, 4, 10}, {9, 4, 10}} {
+	}{{-1, -1, -1}, {0, 0, 0}, {1, 1, 5}, {2, 1, 5}, {3, 1, 5}, {4, 4, 10}, {9, -1, -1}} {
 		if e, end := m.s.EpochEnd(tp(0), c.asked); e != c.epoch || end != c.end {
 			t.Errorf("epoch %d: %d ends at %d, want %d at %d", c.asked, e, end, c.epoch, c.end)
 		}

@@ -99,13 +99,16 @@ func (s *Shard) EpochAt(tp record.TopicPartition, offset record.Offset) record.L
 }
 
 // EpochEnd answers OffsetForLeaderEpoch (KIP-320): the largest epoch at or below the asked one and the offset behind its last record; -1, -1
-// if the partition has none.
+// for an epoch that has not been. As in Kafka, an epoch from before the log start ended there.
 func (s *Shard) EpochEnd(tp record.TopicPartition, asked record.LeaderEpoch) (record.LeaderEpoch, record.Offset) {
 	p := s.find(tp)
-	if p == nil {
+	if p == nil || asked < 0 {
 		return -1, -1
 	}
-	if cur := Epoch(p.EpochBase, s.leader.Term); asked >= cur {
+	switch cur := Epoch(p.EpochBase, s.leader.Term); {
+	case asked > cur:
+		return -1, -1
+	case asked == cur:
 		return cur, p.High
 	}
 	return p.epochEnd(asked)
