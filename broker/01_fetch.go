@@ -122,8 +122,36 @@ func handleFetch(r *request) error {
 	if bytes < int(f.minBytes) && wait > 0 && len(parts) > 0 && !anyError(parts) {
 		bytes = r.fetchLater(f, parts, began.Add(wait))
 	}
-	r.sendFetch(f, ses, parts, bytes)
+	r.sendFetch(f, ses, parts)
 	return nil
+}
+
+// answerShare is the part of the answers' budget that one answer may take: a few clients that do not read must not stop the others.
+const answerShare = 8
+
+// reserve takes what an answer may need from the budget, before anything is read into memory. The first batch of an answer may be larger than that.
+func (r *request) reserve(f *fetchRequest, parts []*fetchPart) (limit int) {
+	limit = min(max(int(f.maxBytes), 0), int(r.s.cfg.ResponseBudget)/answerShare)
+	asked := 0
+	for _, p := range parts {
+		asked = min(asked+max(int(p.maxBytes), 0), limit)
+	}
+	r.hold(int64(asked))
+	return limit
+}
+
+// hold changes how much of the budget of answers the request has to n bytes.
+func (r *request) hold(n int64) {
+	n = min(n, r.s.cfg.ResponseBudget)
+	switch more := n - r.answer; {
+	case more < 0:
+		r.s.answers.Release(-more)
+	case more > 0:
+		if r.s.answers.Acquire(r.s.ctx, more) != nil {
+			return // the server closes; the writer drops the answer
+		}
+	}
+	r.answer = n
 }
 
 func anyError(parts []*fetchPart) bool {
@@ -152,10 +180,7 @@ func (r *request) fetchLater(f *fetchRequest, parts []*fetchPart, until time.Tim
 	timer := time.NewTimer(time.Until(until))
 	defer timer.Stop()
 	for last := false; ; {
-		for _, p := range parts { // what came before the watch began, too
-			p.reset()
-		}
-		bytes = r.fetchOnce(f, parts, time.Until(until))
+		bytes = r.fetchOnce(f, parts, time.Until(until)) // again: what came before the watch began, too
 		if last || bytes >= int(f.minBytes) || anyError(parts) || r.s.drain.Load() {
 			return bytes
 		}
@@ -186,32 +211,38 @@ var ended = func() context.Context {
 // coldWait is how long a fetch waits at least for bytes from the object store, when nothing else is there.
 const coldWait = 500 * time.Millisecond
 
-// fetchOnce reads every partition once. Partitions whose bytes must come from the object store do not hold up those that have theirs here; only if there is
+// fetchOnce reads every partition once, anew. Partitions whose bytes must come from the object store do not hold up those that have theirs here; only if there is
 // nothing else are they waited for.
 func (r *request) fetchOnce(f *fetchRequest, parts []*fetchPart, wait time.Duration) (bytes int) {
+	for _, p := range parts {
+		p.reset()
+	}
+	limit := r.reserve(f, parts)
 	cold := false
 	for _, p := range parts {
-		r.readPart(ended, f, p, &bytes)
+		r.readPart(ended, limit, p, &bytes)
 		cold = cold || p.code == codeNone && p.res.Bytes == 0 && p.offset < p.sealedEnd && p.offset < p.high
 	}
+	r.hold(int64(bytes))
 	if bytes > 0 || !cold {
 		return bytes
 	}
 	ctx, cancel := r.timeout(max(wait, coldWait))
 	defer cancel()
-	for _, p := range parts {
+	for _, p := range parts { // what is waited for lies in the cache, whose bytes are bounded by themselves
 		if p.code == codeNone && p.offset < p.sealedEnd {
 			if bytes > 0 {
-				r.readPart(ended, f, p, &bytes)
+				r.readPart(ended, limit, p, &bytes)
 			} else {
-				r.readPart(ctx, f, p, &bytes)
+				r.readPart(ctx, limit, p, &bytes)
 			}
 		}
 	}
+	r.hold(int64(bytes))
 	return bytes
 }
 
-func (r *request) readPart(ctx context.Context, f *fetchRequest, p *fetchPart, bytes *int) {
+func (r *request) readPart(ctx context.Context, most int, p *fetchPart, bytes *int) {
 	p.reset()
 	p.high, p.logStart = -1, -1
 	t, ok := r.topicOf(p)
@@ -228,7 +259,8 @@ func (r *request) readPart(ctx context.Context, f *fetchRequest, p *fetchPart, b
 		return
 	}
 	if p.lastEpoch >= 0 {
-		if e, end, err := r.s.b.EpochEnd(tp, record.LeaderEpoch(p.lastEpoch)); err == nil && end >= 0 && (int32(e) < p.lastEpoch || end < p.offset) {
+		last := min(record.LeaderEpoch(p.lastEpoch), info.LeaderEpoch) // one that has not been here diverges at the end of what has
+		if e, end, err := r.s.b.EpochEnd(tp, last); err == nil && end >= 0 && (int32(e) < p.lastEpoch || end < p.offset) {
 			p.diverging = &divergence{e, end}
 			return
 		}
@@ -246,7 +278,7 @@ func (r *request) readPart(ctx context.Context, f *fetchRequest, p *fetchPart, b
 			return
 		}
 	}
-	limit := min(int(p.maxBytes), int(f.maxBytes)-*bytes)
+	limit := min(int(p.maxBytes), most-*bytes)
 	if limit <= 0 && *bytes > 0 {
 		return
 	}
@@ -291,13 +323,9 @@ func encodeFetchError(r *request, code int16) *writer {
 }
 
 // sendFetch writes the answer. Batches are not copied: they go out as they lie in the log or the cache, and are released when they have been written.
-func (r *request) sendFetch(f *fetchRequest, ses *session, parts []*fetchPart, bytes int) {
+func (r *request) sendFetch(f *fetchRequest, ses *session, parts []*fetchPart) {
 	send := ses.changed(parts)
 	r.rotate(ses)
-	held := min(int64(bytes), r.s.cfg.ResponseBudget)
-	if held > 0 && r.s.answers.Acquire(r.s.ctx, held) != nil {
-		held = 0 // the server closes; the writer drops the answer
-	}
 	bufs := r.encodeFetch(f, ses, send)
 	var release []func()
 	for _, p := range parts { // the session's next request may begin before this answer has been written
@@ -310,9 +338,7 @@ func (r *request) sendFetch(f *fetchRequest, ses *session, parts []*fetchPart, b
 		for _, f := range release {
 			f()
 		}
-		if held > 0 {
-			r.s.answers.Release(held)
-		}
+		r.hold(0)
 	})
 }
 

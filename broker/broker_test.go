@@ -484,7 +484,7 @@ func TestItem11To18ProduceRefusals(t *testing.T) {
 	}
 	flipped := bytes.Clone(good)
 	flipped[len(flipped)-1] ^= 1
-	zeros := record.NewBuilder(record.CodecGzip)
+	zeros := record.NewBuilder(record.CodecZstd)
 	zeros.Add(1, nil, make([]byte, 300<<20))
 	bomb, err := zeros.Batch()
 	if err != nil {

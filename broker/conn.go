@@ -48,6 +48,7 @@ type answer struct {
 	ready   bool
 	silent  bool // acks=0: nothing is sent
 	close   bool // after it the connection is closed
+	dropped bool // the connection has ended without it
 	release func()
 	began   time.Time
 	api     *api
@@ -65,6 +66,7 @@ type request struct {
 	slot    *answer
 	frame   []byte
 	held    int64 // of the frame budget
+	answer  int64 // of the budget of answers
 }
 
 func newConn(s *Server, c net.Conn, ip string) *conn {
@@ -234,9 +236,13 @@ func (r *request) drop() {
 func (r *request) answerWith(bufs net.Buffers, release func()) {
 	c := r.c
 	c.mu.Lock()
+	dropped := r.slot.dropped
 	r.slot.bufs, r.slot.release, r.slot.ready = bufs, release, true
 	c.cond.Broadcast()
 	c.mu.Unlock()
+	if dropped && release != nil {
+		release()
+	}
 }
 
 // silence ends a request without an answer; closing also ends the connection.
@@ -284,9 +290,14 @@ func (c *conn) write() {
 		if c.closed {
 			left := c.queue
 			c.queue = nil
+			for _, a := range left {
+				a.dropped = !a.ready // who answers it later releases what it holds
+			}
 			c.mu.Unlock()
 			for _, a := range left {
-				c.done(a)
+				if !a.dropped {
+					c.done(a)
+				}
 			}
 			return
 		}

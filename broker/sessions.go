@@ -3,6 +3,7 @@ package broker
 import (
 	"container/list"
 	"math/rand/v2"
+	"slices"
 	"sync"
 
 	"github.com/estran/estran/tiering/record"
@@ -43,6 +44,7 @@ type sessionPart struct {
 	fetchPart
 	key         partKey
 	sent        bool
+	forgotten   bool
 	high, start record.Offset // as last sent
 }
 
@@ -151,14 +153,12 @@ func (x *session) update(f *fetchRequest) {
 	for i := range f.forgotten {
 		key := keyOf(&f.forgotten[i])
 		if old := x.index[key]; old != nil {
+			old.forgotten = true
 			delete(x.index, key)
-			for j, p := range x.parts {
-				if p == old {
-					x.parts = append(x.parts[:j:j], x.parts[j+1:]...)
-					break
-				}
-			}
 		}
+	}
+	if len(f.forgotten) > 0 {
+		x.parts = slices.DeleteFunc(x.parts, func(p *sessionPart) bool { return p.forgotten })
 	}
 }
 
