@@ -166,6 +166,7 @@ func TestSealReadRestart(t *testing.T) {
 	}
 }
 
+// The store is down, then fails every other time, before or after it has done what was asked, and flips bits in three answers (one fewer than a read's tries).
 func TestStoreOutage(t *testing.T) {
 	n := openNode(t, t.TempDir(), mem.New(), nil)
 	tp := record.TopicPartition{Topic: newTopic(t, n.Host, "t", 1).ID}

@@ -194,13 +194,12 @@ func (r *Reader) remember(tp record.TopicPartition, next record.Offset, ahead in
 // index returns a run's index.
 func (r *Reader) index(ctx context.Context, ref *RunRef) (*chunk, error) {
 	return r.cache.get(ctx, keyOf(ref, -1), func(ctx context.Context) (*chunk, error) {
-		data, err := r.fetch(ctx, &ref.Object, ref.Object.Size-int64(ref.Run.IndexAt), int64(ref.Run.IndexBytes))
+		var blocks []segment.Block
+		_, err := r.fetchChecked(ctx, &ref.Object, ref.Object.Size-int64(ref.Run.IndexAt), int64(ref.Run.IndexBytes), func(data []byte) (err error) {
+			blocks, err = segment.ParseIndex(data)
+			return err
+		})
 		if err != nil {
-			return nil, err
-		}
-		blocks, err := segment.ParseIndex(data)
-		if err != nil {
-			r.m.corruption.WithLabelValues("object").Inc()
 			return nil, err
 		}
 		c := &chunk{blocks: blocks}
@@ -246,28 +245,37 @@ func (r *Reader) fill(ctx context.Context, ref *RunRef, idx *chunk, k int) (*chu
 	blocks := idx.blocks[idx.parts[k].from:idx.parts[k].to]
 	first, last := blocks[0], blocks[len(blocks)-1]
 	n := last.Position + int64(last.Length) - first.Position
-	var err error
-	for try := range 2 { // damage on the way is not damage in the store
-		var data []byte
-		if data, err = r.fetch(ctx, &ref.Object, first.Position, n); err != nil {
-			return nil, err
-		}
-		err = nil
+	data, err := r.fetchChecked(ctx, &ref.Object, first.Position, n, func(data []byte) error {
 		for i := range blocks {
 			at := blocks[i].Position - first.Position
 			if at < 0 || at+int64(blocks[i].Length) > n {
-				err = fmt.Errorf("%w: index of object %d", segment.ErrCorrupt, ref.Object.Number)
-				break
+				return fmt.Errorf("%w: index of object %d", segment.ErrCorrupt, ref.Object.Number)
 			}
-			if err = blocks[i].Check(data[at : at+int64(blocks[i].Length)]); err != nil {
-				break
+			if err := blocks[i].Check(data[at : at+int64(blocks[i].Length)]); err != nil {
+				return err
 			}
 		}
-		if err == nil {
-			return &chunk{data: data}, nil
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &chunk{data: data}, nil
+}
+
+// fetchChecked fetches bytes of an object that must pass check. Damage on the way is not damage in the store: they are fetched twice.
+func (r *Reader) fetchChecked(ctx context.Context, o *segment.Object, off, n int64, check func([]byte) error) ([]byte, error) {
+	var err error
+	for try := range 2 {
+		var data []byte
+		if data, err = r.fetch(ctx, o, off, n); err != nil {
+			return nil, err
+		}
+		if err = check(data); err == nil {
+			return data, nil
 		}
 		r.m.corruption.WithLabelValues("object").Inc()
-		r.cfg.Logger.Error("sealed data is damaged", "component", "tier", "key", ref.Object.Key(), "try", try+1, "err", err)
+		r.cfg.Logger.Error("sealed data is damaged", "component", "tier", "key", o.Key(), "at", off, "bytes", n, "try", try+1, "err", err)
 	}
 	return nil, err
 }
