@@ -73,8 +73,20 @@ func (d dating) RoundTrip(r *http.Request) (*http.Response, error) {
 		if t, perr := http.ParseTime(resp.Header.Get("Date")); perr == nil {
 			d.date.Store(t.Unix())
 		}
+		if n, perr := strconv.Atoi(resp.Header.Get("Retry-After")); perr == nil {
+			if after, ok := r.Context().Value(retryAfter{}).(*atomic.Int64); ok {
+				after.Store(int64(n))
+			}
+		}
 	}
 	return resp, err
+}
+
+// retryAfter is the context key of the seconds that the store asks a call to wait; the SDK's errors do not have them.
+type retryAfter struct{}
+
+func listening(ctx context.Context) context.Context {
+	return context.WithValue(ctx, retryAfter{}, new(atomic.Int64))
 }
 
 // StoreTime implements objstore.Dater: the time of the last answer, which may be old.
@@ -85,6 +97,7 @@ func (b *Bucket) StoreTime() (time.Time, bool) {
 
 // Put implements objstore.Bucket with one PutObject, whatever the size: one request, and no part is ever left behind.
 func (b *Bucket) Put(ctx context.Context, key string, body objstore.Body, o objstore.PutOptions) (objstore.Info, error) {
+	ctx = listening(ctx)
 	opts := minio.PutObjectOptions{DisableMultipart: true, DisableContentSha256: !b.secure, UserMetadata: map[string]string{}, ContentType: "application/octet-stream"}
 	if o.WriterID != "" {
 		opts.UserMetadata[writerMeta] = o.WriterID
@@ -110,6 +123,7 @@ func (b *Bucket) Put(ctx context.Context, key string, body objstore.Body, o objs
 
 // Get implements objstore.Bucket.
 func (b *Bucket) Get(ctx context.Context, key string, r objstore.Range) (io.ReadCloser, objstore.Info, error) {
+	ctx = listening(ctx)
 	var opts minio.GetObjectOptions
 	var err error
 	switch {
@@ -157,6 +171,7 @@ func parseCRC(s string) *uint32 {
 
 // Head implements objstore.Bucket.
 func (b *Bucket) Head(ctx context.Context, key string) (objstore.Info, error) {
+	ctx = listening(ctx)
 	s, err := b.core.Client.StatObject(ctx, b.bucket, key, minio.StatObjectOptions{Checksum: true})
 	if err != nil {
 		return objstore.Info{}, b.fault(ctx, "head", key, err)
@@ -185,6 +200,7 @@ const deleteBatch = 1000
 
 // Delete implements objstore.Bucket.
 func (b *Bucket) Delete(ctx context.Context, keys ...string) error {
+	ctx = listening(ctx)
 	failed := map[string]error{}
 	for len(keys) > 0 {
 		n := min(len(keys), deleteBatch)
@@ -238,6 +254,9 @@ func (b *Bucket) fault(ctx context.Context, op, key string, err error) error {
 	}
 	e := objstore.Classify(r.StatusCode, r.Code)
 	e.Op, e.Key, e.Err = op, key, err
+	if after, ok := ctx.Value(retryAfter{}).(*atomic.Int64); ok {
+		e.RetryAfter = min(time.Duration(after.Load())*time.Second, time.Minute)
+	}
 	if errors.Is(e, objstore.ErrRegion) && r.Region != "" {
 		e.Err = fmt.Errorf("the bucket is in %s: %w", r.Region, err)
 	}
