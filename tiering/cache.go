@@ -34,6 +34,7 @@ type cache struct {
 	mu     sync.Mutex
 	limit  int64
 	size   int64
+	ahead  int64      // bytes that were fetched ahead, or are being, and that nobody has asked for yet
 	order  *list.List // of *cached, newest first
 	m      map[chunkKey]*list.Element
 	flight map[chunkKey]*flight
@@ -44,15 +45,17 @@ type cache struct {
 }
 
 type cached struct {
-	key chunkKey
-	c   *chunk
+	key    chunkKey
+	c      *chunk
+	unread bool // counted in cache.ahead
 }
 
 // flight is a fetch that is under way.
 type flight struct {
-	done chan struct{}
-	c    *chunk
-	err  error
+	done  chan struct{}
+	c     *chunk
+	err   error
+	ahead int64 // its part of cache.ahead; 0 once somebody waits for it
 }
 
 func newCache(limit int64, m *metrics) *cache {
@@ -65,10 +68,23 @@ func (c *cache) peek(key chunkKey) *chunk {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if e := c.m[key]; e != nil {
-		c.order.MoveToFront(e)
-		return e.Value.(*cached).c
+		return c.touchLocked(e)
 	}
 	return nil
+}
+
+func (c *cache) touchLocked(e *list.Element) *chunk {
+	c.order.MoveToFront(e)
+	x := e.Value.(*cached)
+	c.readLocked(x)
+	return x.c
+}
+
+func (c *cache) readLocked(x *cached) {
+	if x.unread {
+		x.unread = false
+		c.ahead -= x.c.bytes()
+	}
 }
 
 // start returns the fetch of key, beginning it if nobody has. It goes on whatever becomes of the caller.
@@ -76,25 +92,48 @@ func (c *cache) start(key chunkKey, fetch func(context.Context) (*chunk, error))
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if e := c.m[key]; e != nil {
-		c.order.MoveToFront(e)
-		f := &flight{done: make(chan struct{}), c: e.Value.(*cached).c}
+		f := &flight{done: make(chan struct{}), c: c.touchLocked(e)}
 		close(f.done)
 		c.m2.cache.WithLabelValues("memory", "hit").Inc()
 		return f
 	}
 	if f := c.flight[key]; f != nil {
+		c.ahead -= f.ahead
+		f.ahead = 0
 		c.m2.coalesced.Inc()
 		return f
 	}
 	c.m2.cache.WithLabelValues("memory", "miss").Inc()
-	f := &flight{done: make(chan struct{})}
+	return c.flyLocked(key, 0, fetch)
+}
+
+// startAhead begins the fetch of about size bytes that nobody has asked for yet. It reports false if what was fetched ahead and is not used yet has half of the cache:
+// more would push out what somebody is about to read.
+func (c *cache) startAhead(key chunkKey, size int64, fetch func(context.Context) (*chunk, error)) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.m[key] != nil || c.flight[key] != nil:
+		return true
+	case c.ahead+size > c.limit/2:
+		return false
+	}
+	c.m2.cache.WithLabelValues("memory", "ahead").Inc()
+	c.flyLocked(key, size, fetch)
+	return true
+}
+
+func (c *cache) flyLocked(key chunkKey, ahead int64, fetch func(context.Context) (*chunk, error)) *flight {
+	f := &flight{done: make(chan struct{}), ahead: ahead}
 	c.flight[key] = f
+	c.ahead += ahead
 	c.wg.Go(func() {
 		f.c, f.err = fetch(c.ctx)
 		c.mu.Lock()
 		delete(c.flight, key)
+		c.ahead -= f.ahead
 		if f.err == nil {
-			c.addLocked(key, f.c)
+			c.addLocked(key, f.c, f.ahead > 0)
 		}
 		c.mu.Unlock()
 		close(f.done)
@@ -118,18 +157,27 @@ func (c *cache) get(ctx context.Context, key chunkKey, fetch func(context.Contex
 	}
 }
 
-func (c *cache) addLocked(key chunkKey, x *chunk) {
-	c.m[key] = c.order.PushFront(&cached{key, x})
+func (c *cache) addLocked(key chunkKey, x *chunk, unread bool) {
+	c.m[key] = c.order.PushFront(&cached{key, x, unread})
 	c.size += x.bytes()
+	if unread {
+		c.ahead += x.bytes()
+	}
 	for c.size > c.limit && c.order.Len() > 1 {
 		last := c.order.Back()
 		old := last.Value.(*cached)
-		c.order.Remove(last)
-		delete(c.m, old.key)
-		c.size -= old.c.bytes()
+		c.removeLocked(last)
 		c.m2.evicted.Add(float64(old.c.bytes()))
 	}
 	c.m2.cacheBytes.Set(float64(c.size))
+}
+
+func (c *cache) removeLocked(e *list.Element) {
+	x := e.Value.(*cached)
+	c.readLocked(x)
+	c.order.Remove(e)
+	delete(c.m, x.key)
+	c.size -= x.c.bytes()
 }
 
 // drop forgets everything of an object.
@@ -138,9 +186,7 @@ func (c *cache) drop(s record.ShardID, n segment.Number) {
 	defer c.mu.Unlock()
 	for k, e := range c.m {
 		if k.shard == s && k.object == n {
-			c.size -= e.Value.(*cached).c.bytes()
-			c.order.Remove(e)
-			delete(c.m, k)
+			c.removeLocked(e)
 		}
 	}
 }

@@ -306,7 +306,9 @@ func (r *Reader) prefetch(runs []RunRef, k, ahead int) {
 		}
 		for ; k < len(idx.parts) && ahead > 0; k++ {
 			n := k // k goes on while the fetch runs
-			r.cache.start(keyOf(&ref, n), func(ctx context.Context) (*chunk, error) { return r.fill(ctx, &ref, idx, n) })
+			if !r.cache.startAhead(keyOf(&ref, n), chunkBytes, func(ctx context.Context) (*chunk, error) { return r.fill(ctx, &ref, idx, n) }) {
+				return
+			}
 			ahead--
 		}
 		k = 0
