@@ -8,17 +8,21 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/signal"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
+	"github.com/estran/estran/localstack"
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
 type options struct {
-	broker, topic       string
+	broker, topic, dir  string
 	partitions          int
 	size                int
 	megabytes           int64
@@ -30,7 +34,7 @@ type options struct {
 func main() {
 	var o options
 	if len(os.Args) < 2 {
-		fail(errors.New("usage: bench produce|consume|first [flags]"))
+		fail(errors.New("usage: bench produce|consume|first|minio [flags]"))
 	}
 	fs := flag.NewFlagSet(os.Args[1], flag.ExitOnError)
 	fs.StringVar(&o.broker, "b", "127.0.0.1:9092", "broker")
@@ -42,9 +46,16 @@ func main() {
 	fs.Float64Var(&o.rate, "rate", 0, "MB/s of an open loop; 0 = as fast as it goes")
 	fs.DurationVar(&o.linger, "linger", 0, "producer linger")
 	fs.DurationVar(&o.warm, "warm", 0, "time that is not counted")
+	fs.StringVar(&o.dir, "dir", "", "directory of MinIO's data")
 	fs.DurationVar(&o.limit, "limit", 5*time.Minute, "give up after")
 	if err := fs.Parse(os.Args[2:]); err != nil {
 		fail(err)
+	}
+	if os.Args[1] == "minio" {
+		if err := minio(o.dir); err != nil {
+			fail(err)
+		}
+		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), o.limit)
 	defer cancel()
@@ -268,4 +279,20 @@ func one(ctx context.Context, o options) error {
 	}
 	defer cl.Close()
 	return cl.ProduceSync(ctx, &kgo.Record{Value: []byte("first")}).FirstErr()
+}
+
+// minio runs MinIO until it is told to end, and prints what a shell needs to use it.
+func minio(dir string) error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	defer stop()
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	s, err := localstack.StartMinIO(ctx, dir, false)
+	if err != nil {
+		return err
+	}
+	fmt.Printf("STORE_URL='%s'\n%s\n", s.URL("bench"), strings.Join(s.Env(), "\n"))
+	<-ctx.Done()
+	return s.Kill()
 }
