@@ -172,6 +172,15 @@ func (c *cache) addLocked(key chunkKey, x *chunk, unread bool) {
 	c.m2.cacheBytes.Set(float64(c.size))
 }
 
+// used says that a sequential reader has read the chunk to its end: it is the first to make room.
+func (c *cache) used(key chunkKey) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e := c.m[key]; e != nil {
+		c.order.MoveToBack(e)
+	}
+}
+
 func (c *cache) removeLocked(e *list.Element) {
 	x := e.Value.(*cached)
 	c.readLocked(x)

@@ -122,6 +122,9 @@ func (r *Reader) readObjects(ctx context.Context, tp record.TopicPartition, from
 			r.cache.drop(runs[0].Object.Shard, runs[0].Object.Number)
 			return res, err
 		}
+		if !full {
+			r.cache.used(keyOf(&runs[0], k))
+		}
 		r.prefetch(runs, k+1, ahead)
 		if full || res.Next == before || res.Next > runs[0].Run.EndOffset && len(runs) < 2 {
 			break
