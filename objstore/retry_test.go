@@ -120,11 +120,11 @@ func TestURLs(t *testing.T) {
 		{"file:///a/b", objstore.Location{Scheme: "file", Dir: "/a/b"}, ""},
 		{"file://./x", objstore.Location{Scheme: "file", Dir: "./x"}, ""},
 		{"mem://", objstore.Location{Scheme: "mem"}, ""},
-		{"s3://b/p/q?region=eu-1", objstore.Location{Scheme: "s3", Bucket: "b", Prefix: "p/q", Region: "eu-1", Provider: "aws"}, ""},
-		{"s3://b?endpoint=http://s3:9000&path_style=true", objstore.Location{Scheme: "s3", Bucket: "b", Endpoint: "http://s3:9000", PathStyle: true, Provider: "s3compatible"}, ""},
-		{"s3://b?provider=x", objstore.Location{}, "provider"}, {"s3://", objstore.Location{}, "no bucket"}, {"gs://b", objstore.Location{}, "s3://"},
-		{"s3://k:s@b", objstore.Location{}, "credentials"}, {"s3://b/UPPER", objstore.Location{}, "invalid key"}, {"s3://b?endpoint=s3:9000", objstore.Location{}, "endpoint"},
-		{"file://", objstore.Location{}, "no directory"}, {"s3://b?path_style=yes", objstore.Location{}, "true or false"},
+		{"s3://bkt/p/q?region=eu-1", objstore.Location{Scheme: "s3", Bucket: "bkt", Prefix: "p/q", Region: "eu-1", Provider: "aws"}, ""},
+		{"s3://bkt?endpoint=http://s3:9000&path_style=true", objstore.Location{Scheme: "s3", Bucket: "bkt", Endpoint: "http://s3:9000", PathStyle: true, Provider: "s3compatible"}, ""},
+		{"s3://bkt?provider=x", objstore.Location{}, "provider"}, {"s3://", objstore.Location{}, "no bucket"}, {"s3://b1", objstore.Location{}, "3 to 63"}, {"s3://My_Bucket", objstore.Location{}, "3 to 63"}, {"gs://b", objstore.Location{}, "s3://"},
+		{"s3://k:s@b", objstore.Location{}, "credentials"}, {"s3://bkt/UPPER", objstore.Location{}, "invalid key"}, {"s3://bkt?endpoint=s3:9000", objstore.Location{}, "endpoint"},
+		{"file://", objstore.Location{}, "no directory"}, {"s3://bkt?path_style=yes", objstore.Location{}, "true or false"},
 	} {
 		got, err := objstore.ParseURL(c.url)
 		if c.err == "" && (err != nil || got != c.want) || c.err != "" && (err == nil || !strings.Contains(err.Error(), c.err)) {

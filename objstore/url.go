@@ -3,6 +3,7 @@ package objstore
 import (
 	"fmt"
 	"net/url"
+	"regexp"
 	"strings"
 )
 
@@ -19,6 +20,9 @@ type Location struct {
 	// Provider is aws or s3compatible.
 	Provider string
 }
+
+// bucketName is what S3 allows for a general purpose bucket.
+var bucketName = regexp.MustCompile(`^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$`)
 
 // ParseURL reads s3://bucket/prefix?region=&endpoint=&path_style=&provider=, file:///dir, file://./dir or mem://. Without an endpoint the provider is aws,
 // with one it is s3compatible; provider= forces it. An unknown parameter is an error.
@@ -48,6 +52,9 @@ func ParseURL(s string) (Location, error) {
 	l = Location{Scheme: "s3", Bucket: u.Host, Prefix: strings.Trim(u.Path, "/")}
 	if l.Bucket == "" {
 		return l, fmt.Errorf("%q names no bucket", s)
+	}
+	if !bucketName.MatchString(l.Bucket) {
+		return l, fmt.Errorf("%q: %q is no name of a bucket: 3 to 63 lower-case letters, digits, dots and hyphens", s, l.Bucket)
 	}
 	if l.Prefix != "" {
 		if err := CheckKey(l.Prefix); err != nil {

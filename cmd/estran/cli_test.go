@@ -66,7 +66,7 @@ func TestConfigurationErrors(t *testing.T) {
 			t.Errorf("an empty configuration: %d %s", code, errOut)
 		}
 	}
-	good := "version: 1\nnode: {id: 3, rack: az-a}\nstorage: {url: 's3://b?region=eu-central-1'}\nhot: {max_bytes: 2GiB}\ntiering: {seal_age: 30s}\nkafka: {num.partitions: 6, auto.create.topics.enable: true}\n"
+	good := "version: 1\nnode: {id: 3, rack: az-a}\nstorage: {url: 's3://bkt?region=eu-central-1'}\nhot: {max_bytes: 2GiB}\ntiering: {seal_age: 30s}\nkafka: {num.partitions: 6, auto.create.topics.enable: true}\n"
 	if code, out, errOut := cli(t, "", "config", "check", "-c", write(t, "estran.yaml", good)); code != 0 || !strings.Contains(out, "ok") {
 		t.Errorf("a good configuration: %d %s", code, errOut)
 	}
@@ -126,9 +126,9 @@ func TestStartErrors(t *testing.T) {
 		{"foreign directory", append(free, "--data-dir", foreign), []string{"E_DATA_DIR_FOREIGN", "thesis.doc"}},
 		{"directory is a file", append(free, "--data-dir", file, "--storage", "mem://"), []string{"E_DATA_DIR", "--data-dir"}},
 		{"no such scheme", append(free, "--data-dir", t.TempDir(), "--storage", "ftp://x"), []string{"E_STORE", "begins with s3://"}},
-		{"unknown parameter", append(free, "--data-dir", t.TempDir(), "--storage", "s3://b?regoin=x"), []string{`unknown parameter "regoin"`}},
+		{"unknown parameter", append(free, "--data-dir", t.TempDir(), "--storage", "s3://bkt?regoin=x"), []string{`unknown parameter "regoin"`}},
 		{"credentials in the URL", append(free, "--data-dir", t.TempDir(), "--storage", "s3://key:secret@b/p"), []string{"credentials", "***"}},
-		{"store that is not there", append(free, "--data-dir", t.TempDir(), "--storage", "s3://b?endpoint=http://127.0.0.1:1&path_style=true"), []string{"E_STORE_UNREACHABLE"}},
+		{"store that is not there", append(free, "--data-dir", t.TempDir(), "--storage", "s3://bkt?endpoint=http://127.0.0.1:1&path_style=true"), []string{"E_STORE_UNREACHABLE"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Setenv("AWS_ACCESS_KEY_ID", "x")
