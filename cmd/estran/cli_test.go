@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/estran/estran/localstack"
 )
 
 // cli runs the program in this process.
@@ -178,5 +180,45 @@ func TestUsageErrors(t *testing.T) {
 	}
 	if code, _, errOut := cli(t, "", "topic", "list", "-b", "127.0.0.1:1", "--timeout", "300ms"); code != exitNotReady || !strings.Contains(errOut, "E_BROKER_UNREACHABLE") {
 		t.Errorf("list without a broker: %d %q", code, errOut)
+	}
+}
+
+// What a store may say at the start: one clear error each, with the cure, through both SDKs.
+func TestStoreRefusals(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		step localstack.Step
+		want []string
+	}{
+		{"no bucket", localstack.Step{Status: 404, Code: "NoSuchBucket"}, []string{"E_S3_NO_BUCKET", "doctor --create-bucket"}},
+		{"wrong region", localstack.Step{Status: 301, Code: "PermanentRedirect"}, []string{"E_S3_REGION", "region="}},
+		{"unknown key", localstack.Step{Status: 403, Code: "InvalidAccessKeyId"}, []string{"E_S3_CREDENTIALS", "AWS_ACCESS_KEY_ID"}},
+		{"wrong secret", localstack.Step{Status: 403, Code: "SignatureDoesNotMatch"}, []string{"E_S3_ACCESS", "secret key"}},
+		{"other clock", localstack.Step{Status: 403, Code: "RequestTimeTooSkewed"}, []string{"E_S3_ACCESS", "clock"}},
+		{"denied", localstack.Step{Status: 403, Code: "AccessDenied"}, []string{"E_S3_ACCESS", "allow get, put"}},
+		{"no conditions", localstack.Step{Op: "put", Status: 501, Code: "NotImplemented"}, []string{"E_STORE_UNSUPPORTED", "If-None-Match"}},
+		{"does not answer", localstack.Step{Reset: true}, []string{"E_STORE_UNREACHABLE", "endpoint"}},
+	} {
+		for _, sdk := range []string{"aws", "s3compatible"} {
+			t.Run(c.name+"/"+sdk, func(t *testing.T) {
+				d := localstack.NewDouble()
+				defer d.Close()
+				d.Script(c.step)
+				for _, kv := range d.Env() {
+					k, v, _ := strings.Cut(kv, "=")
+					t.Setenv(k, v)
+				}
+				code, _, errOut := cli(t, "", "serve", "--kafka-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--peer-listen", "127.0.0.1:0", "--data-dir", t.TempDir(),
+					"--storage", d.URL("bucket")+"&provider="+sdk)
+				if code == 0 {
+					t.Error("exit 0")
+				}
+				for _, w := range c.want {
+					if !strings.Contains(errOut, w) {
+						t.Errorf("the message lacks %q:\n%s", w, errOut)
+					}
+				}
+			})
+		}
 	}
 }
