@@ -9,7 +9,7 @@ TOOL     := $(GO) tool -modfile=tools/go.mod
 FUZZTIME ?= 20s
 BENCHTIME?= 1s
 
-.PHONY: build test short lint cross race fuzz bench bench-go bench-kafka bench-wal golden localstack-bin compose-test image clean
+.PHONY: build test short lint cross race fuzz bench bench-go bench-kafka bench-wal golden localstack-bin compose-test clients-test image clean
 
 build: ## one static binary, ./estran
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o estran ./cmd/estran
@@ -60,6 +60,9 @@ image: build ## estran:local, FROM scratch
 
 compose-test: build localstack-bin ## docker compose with locally built images: up, produce, consume, restart, down
 	bash deploy/compose-test
+
+clients-test: build ## kcat, kafka-python, confluent-kafka and Apache Kafka's console tools against one voter; skips what is not installed
+	bash localstack/clients/run
 
 clean:
 	rm -f estran
