@@ -46,7 +46,7 @@ func TestNodeOnAFullDisk(t *testing.T) {
 	}
 	n := startNode(t, filepath.Join(dir, "data"), []string{"ESTRAN_QUORUM_SHARDS=1", "ESTRAN_TIERING_SEAL_BYTES=1MiB", "ESTRAN_TIERING_SEAL_AGE=300ms"})
 	createTopic(t, n, "t", 2)
-	l := &ledger{acked: map[int32]map[int64]string{}, opts: []kgo.Opt{kgo.ProducerBatchCompression(kgo.NoCompression())}}
+	l := newLedger(kgo.ProducerBatchCompression(kgo.NoCompression()))
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	defer wg.Wait()

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"math/rand/v2"
 	"net/http"
 	"os"
@@ -126,18 +127,23 @@ func until(t *testing.T, what string, cond func() bool) {
 // ledger is what a producer knows: every acknowledged record with its offset.
 type ledger struct {
 	mu    sync.Mutex
-	acked map[int32]map[int64]string // partition -> offset -> value
-	sent  int
-	opts  []kgo.Opt // of the producer, beside its own
+	acked map[int32]map[int64]uint64 // partition -> offset -> hash of the value: a long run's values would fill the memory
+	bytes int64
+	opts  []kgo.Opt // of the producer
 }
+
+var hashSeed = maphash.MakeSeed()
+
+func newLedger(opts ...kgo.Opt) *ledger { return &ledger{acked: map[int32]map[int64]uint64{}, opts: opts} }
 
 func (l *ledger) ack(r *kgo.Record) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.acked[r.Partition] == nil {
-		l.acked[r.Partition] = map[int64]string{}
+		l.acked[r.Partition] = map[int64]uint64{}
 	}
-	l.acked[r.Partition][r.Offset] = string(r.Value)
+	l.acked[r.Partition][r.Offset] = maphash.Bytes(hashSeed, r.Value)
+	l.bytes += int64(len(r.Value))
 }
 
 func (l *ledger) count() (n int) {
@@ -182,7 +188,6 @@ func (l *ledger) produce(t *testing.T, n *Node, topic string, partitions int32, 
 				l.ack(r)
 			})
 		}
-		l.sent = i + 1
 	}
 	if err := cl.Flush(t.Context()); err != nil {
 		t.Error(err)
@@ -225,7 +230,7 @@ func (l *ledger) verify(t *testing.T, n *Node, topic string) {
 			case i != number[r.Partition]:
 				t.Fatalf("partition %d offset %d: record %d where %d is due", r.Partition, r.Offset, i, number[r.Partition])
 			}
-			if want, acked := l.acked[r.Partition][r.Offset]; acked && want != string(r.Value) {
+			if want, acked := l.acked[r.Partition][r.Offset]; acked && want != maphash.Bytes(hashSeed, r.Value) {
 				t.Fatalf("partition %d offset %d: another record than was acknowledged", r.Partition, r.Offset)
 			}
 			next[r.Partition], number[r.Partition] = r.Offset+1, i+1
@@ -272,7 +277,7 @@ func TestKillUnderLoad(t *testing.T) {
 	n := startNode(t, t.TempDir(), []string{"ESTRAN_STORAGE_URL=" + s.URL("estran"), "ESTRAN_TIERING_SEAL_BYTES=1MiB", "ESTRAN_TIERING_SEAL_AGE=300ms",
 		"ESTRAN_TIERING_LOCAL_RETENTION_BYTES=0", "ESTRAN_HOT_MAX_BYTES=256MiB", "ESTRAN_TIERING_PREPARE_TTL=4s", "ESTRAN_QUORUM_SHARDS=2"})
 	createTopic(t, n, "t", 4)
-	l := &ledger{acked: map[int32]map[int64]string{}}
+	l := newLedger()
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	wg.Go(func() { l.produce(t, n, "t", 4, ctx, 1<<30) })
@@ -299,7 +304,7 @@ func TestKillUnderLoad(t *testing.T) {
 	if metric(t, n, "estran_fetch_bytes_total", `tier="object"`) == 0 {
 		t.Error("nothing was read from objects")
 	}
-	t.Logf("%d records acknowledged through %d kills", l.count(), kills())
+	t.Logf("%d records, %d MB acknowledged through %d kills; %.0f MB read from objects", l.count(), l.bytes/1e6, kills(), metric(t, n, "estran_fetch_bytes_total", `tier="object"`)/1e6)
 	noOrphans(t, s, n)
 }
 
@@ -336,7 +341,7 @@ func TestStoreOutage(t *testing.T) {
 	if err := s.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	l := &ledger{acked: map[int32]map[int64]string{}}
+	l := newLedger()
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	wg.Go(func() { l.produce(t, n, "t", 2, ctx, 1<<30) })
@@ -365,7 +370,7 @@ func TestGroupAcrossRestart(t *testing.T) {
 	dir := t.TempDir()
 	n := startNode(t, dir, []string{"ESTRAN_QUORUM_SHARDS=1", "KAFKA_GROUP_INITIAL_REBALANCE_DELAY_MS=0"})
 	createTopic(t, n, "t", 3)
-	l := &ledger{acked: map[int32]map[int64]string{}}
+	l := newLedger()
 	l.produce(t, n, "t", 3, t.Context(), 100)
 	consume := func(want int) {
 		cl := client(t, n, kgo.ConsumerGroup("g"), kgo.ConsumeTopics("t"), kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()), kgo.DisableAutoCommit())

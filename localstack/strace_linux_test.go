@@ -68,7 +68,7 @@ func TestFailingSystemCalls(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			n := startNode(t, t.TempDir(), []string{"ESTRAN_QUORUM_SHARDS=2", "ESTRAN_TIERING_SEAL_BYTES=1MiB", "ESTRAN_TIERING_SEAL_AGE=300ms"})
 			createTopic(t, n, "t", 4)
-			l := &ledger{acked: map[int32]map[int64]string{}}
+			l := newLedger()
 			ctx, cancel := context.WithCancel(t.Context())
 			var wg sync.WaitGroup
 			defer wg.Wait()
