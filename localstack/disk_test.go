@@ -7,8 +7,6 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
-
-	"github.com/twmb/franz-go/pkg/kgo"
 )
 
 // disk mounts a new disk until the test ends; where that is impossible the test is skipped.
@@ -46,7 +44,7 @@ func TestNodeOnAFullDisk(t *testing.T) {
 	}
 	n := startNode(t, filepath.Join(dir, "data"), []string{"ESTRAN_QUORUM_SHARDS=1", "ESTRAN_TIERING_SEAL_BYTES=1MiB", "ESTRAN_TIERING_SEAL_AGE=300ms"})
 	createTopic(t, n, "t", 2)
-	l := newLedger(kgo.ProducerBatchCompression(kgo.NoCompression()))
+	l := newLedger()
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	defer wg.Wait()

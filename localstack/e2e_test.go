@@ -129,12 +129,11 @@ type ledger struct {
 	mu    sync.Mutex
 	acked map[int32]map[int64]uint64 // partition -> offset -> hash of the value: a long run's values would fill the memory
 	bytes int64
-	opts  []kgo.Opt // of the producer
 }
 
 var hashSeed = maphash.MakeSeed()
 
-func newLedger(opts ...kgo.Opt) *ledger { return &ledger{acked: map[int32]map[int64]uint64{}, opts: opts} }
+func newLedger() *ledger { return &ledger{acked: map[int32]map[int64]uint64{}} }
 
 func (l *ledger) ack(r *kgo.Record) {
 	l.mu.Lock()
@@ -175,12 +174,12 @@ func intact(v string) (p int32, i int, ok bool) {
 
 // produce sends to every partition in turn, idempotently, until ctx ends, and waits for what is in flight.
 func (l *ledger) produce(t *testing.T, n *Node, topic string, partitions int32, ctx context.Context, stopAt int) {
-	cl := client(t, n, append(l.opts, kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.RecordRetries(1<<30), kgo.ProducerLinger(0), kgo.MaxBufferedRecords(2000))...)
+	cl := client(t, n, kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.RecordRetries(1<<30), kgo.ProducerLinger(0), kgo.MaxBufferedRecords(2000), kgo.ProducerBatchCompression(kgo.NoCompression()))
 	for i := 0; ctx.Err() == nil && i < stopAt; i++ {
 		for p := range partitions {
 			cl.Produce(t.Context(), &kgo.Record{Topic: topic, Partition: p, Value: value(p, i, 100+i%7*300)}, func(r *kgo.Record, err error) {
 				if err != nil {
-					if !errors.Is(err, context.Canceled) {
+					if !errors.Is(err, context.Canceled) && !errors.Is(err, kgo.ErrClientClosed) {
 						t.Errorf("record %d of partition %d was given up: %v", i, p, err)
 					}
 					return

@@ -182,12 +182,18 @@ func (s *Store) Start(ctx context.Context) error {
 func (s *Store) ready(ctx context.Context) error {
 	client := &http.Client{Timeout: time.Second, Transport: insecure()}
 	defer client.CloseIdleConnections()
+	ask := func(path string) int {
+		resp, err := client.Get(s.Endpoint + path)
+		if err != nil {
+			return 0
+		}
+		defer resp.Body.Close()
+		_, _ = io.Copy(io.Discard, resp.Body)
+		return resp.StatusCode
+	}
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); {
-		resp, err := client.Get(s.Endpoint + s.path)
-		if err == nil {
-			_, _ = io.Copy(io.Discard, resp.Body)
-			resp.Body.Close()
-			if resp.StatusCode == http.StatusOK {
+		if ask(s.path) == http.StatusOK {
+			if api := ask("/"); api != 0 && api != http.StatusServiceUnavailable { // MinIO may be healthy and "not initialized yet"
 				return nil
 			}
 		}

@@ -64,6 +64,13 @@ func (f *fake) part(tp record.TopicPartition) *fakePart {
 	return p
 }
 
+// retain sets a partition's retention.
+func (f *fake) retain(tp record.TopicPartition, ms int64, class segment.Class) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.part(tp).retentionMs, f.part(tp).class = ms, class
+}
+
 // append adds batches of about size bytes, two records each.
 func (f *fake) append(tp record.TopicPartition, batches, size int) {
 	f.mu.Lock()

@@ -9,6 +9,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -61,7 +62,7 @@ func TestTraceOfRequests(t *testing.T) {
 			fmt.Fprintf(&out, "# %s\n", what)
 		}
 		large, a, b := partition(1), partition(2), partition(3)
-		r.part(large).retentionMs, r.part(large).class = 3600_000, 1
+		r.retain(large, 3600_000, 1)
 		note("an hour without records")
 		time.Sleep(time.Hour)
 		note("two small partitions, sealed by age into one object")
@@ -100,51 +101,30 @@ var errCrash = errors.New("crash")
 // when the times are over the bucket holds what is live and nothing else.
 func TestEveryStepMayFail(t *testing.T) {
 	down := &objstore.Error{Op: "put", Kind: objstore.ErrUnavailable, Retryable: true, Err: errCrash}
-	lost := objstore.Rule{Op: "put", P: 1, Times: 1, Err: down, After: true}
 	for _, step := range []string{"prepare", "prepare done", "put", "put done", "body", "commit", "commit done", "forget"} {
 		for _, crash := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s crash=%v", step, crash), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					f := newFake(t)
 					r := newRig(t, f, nil)
-					failed := false
-					stop := r.stop
-					if crash {
-						f.failing(func(s string) error {
-							if s != step || failed {
-								return nil
-							}
-							failed = true
-							go stop() // the leader's context ends here; what it was doing is not done
-							return errCrash
-						})
-					} else {
-						f.failing(func(s string) error {
-							if s != step || failed {
-								return nil
-							}
-							failed = true
-							return errCrash
-						})
-					}
-					switch step {
-					case "put":
-						r.fault.Set(objstore.Rule{Op: "put", P: 1, Times: 1, Err: down, Hook: func(string) {
-							if crash {
-								go stop()
-							}
-						}})
-						failed = true
-					case "put done":
-						lost.Hook = func(string) {
-							if crash {
-								go stop()
-							}
+					var met atomic.Bool
+					first := r.stop
+					meet := func() { // the step, the first time: with crash the leader's context ends here, and what it was doing is not done
+						if met.CompareAndSwap(false, true) && crash {
+							go first()
 						}
-						r.fault.Set(lost)
-						failed = true
 					}
-					f.part(partition(1)).retentionMs = 10 * 3600_000
+					f.failing(func(s string) error {
+						if s != step || met.Load() {
+							return nil
+						}
+						meet()
+						return errCrash
+					})
+					if strings.HasPrefix(step, "put") {
+						r.fault.Set(objstore.Rule{Op: "put", P: 1, Times: 1, Err: down, After: step == "put done", Hook: func(string) { meet() }})
+					}
+					f.retain(partition(1), 10*3600_000, 0)
 					f.append(partition(1), 30, 100_000)
 					f.append(partition(2), 5, 1000)
 					time.Sleep(10 * time.Minute)
@@ -161,7 +141,7 @@ func TestEveryStepMayFail(t *testing.T) {
 						t.Errorf("%d bytes are not sealed", n)
 					}
 					time.Sleep(72 * time.Hour) // the partition's retention, an upload's time, its late deletion
-					if !failed {
+					if !met.Load() {
 						t.Fatal("the step was not met")
 					}
 					if crash && step == "forget" {
@@ -412,9 +392,7 @@ func TestReadersDuringRetention(t *testing.T) {
 		r := sealedRig(t, func(c *Config) { c.CacheBytes = 1; c.Grace = time.Minute })
 		defer r.stop()
 		stale := r.Runs(partition(1), 0, 1) // as a reader that has looked just before
-		r.mu.Lock()
-		r.parts[partition(1)].retentionMs = 1
-		r.mu.Unlock()
+		r.retain(partition(1), 1, 0)
 		time.Sleep(45 * time.Second)
 		if b, _ := r.Bounds(partition(1)); b.LogStart == 0 {
 			t.Fatal("nothing has expired")
