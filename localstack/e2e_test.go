@@ -188,7 +188,9 @@ func (l *ledger) produce(t *testing.T, n *Node, topic string, partitions int32, 
 			})
 		}
 	}
-	if err := cl.Flush(t.Context()); err != nil {
+	flush, cancel := context.WithTimeout(t.Context(), 60*time.Second) // a node that is gone for good must not hold up a test that has failed
+	defer cancel()
+	if err := cl.Flush(flush); err != nil {
 		t.Error(err)
 	}
 }

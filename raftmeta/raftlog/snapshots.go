@@ -185,7 +185,7 @@ func readSnapHeader(f File, name string) (meta raft.SnapshotMeta, end int64, err
 }
 
 // Applied tells that the state has been applied up to index and that its oldest hot entry is oldest (or none: MaxUint64). It makes
-// snapshots installable and lets the log free what is below them.
+// snapshots installable and lets the log free what is below them. A snapshot without room for its flag waits for the next call.
 func (s *Snapshots) Applied(index, oldest uint64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -194,7 +194,10 @@ func (s *Snapshots) Applied(index, oldest uint64) error {
 		if x.installable || x.meta.Index >= oldest || x.meta.Index > index {
 			continue
 		}
-		if err := s.flagLocked(x, index); err != nil {
+		if err := s.flagLocked(x, index); full(err) {
+			s.log.log.Warn("no room for a snapshot's flag, it waits", "snapshot", x.name, "err", err)
+			continue // the next application tries again
+		} else if err != nil {
 			return err
 		}
 		changed = true

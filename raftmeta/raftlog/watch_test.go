@@ -378,3 +378,30 @@ func TestHungRecords(t *testing.T) {
 		})
 	}
 }
+
+// Without room for a snapshot's flag the snapshot waits: the node does not stop for it.
+func TestNoRoomForAFlag(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		fs := newMemFS()
+		l := open(t, fs, nil)
+		store(t, l, command(1, 1, 1, 10), command(2, 1, 1, 10))
+		s, err := OpenSnapshots(l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := writeSnapshot(t, s.Store(), 1, 1, "state"); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait() // the filler is at rest
+		fs.mu.Lock()
+		fs.space = 0
+		fs.mu.Unlock()
+		if err := s.Applied(2, 2); err != nil || !s.Waiting() {
+			t.Errorf("applied: %v, waiting %v", err, s.Waiting())
+		}
+		fs.addSpace(1 << 20)
+		if err := s.Applied(2, 2); err != nil || s.Waiting() {
+			t.Errorf("with space again: %v, waiting %v", err, s.Waiting())
+		}
+	})
+}
