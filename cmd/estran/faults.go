@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/estran/estran/objstore"
 	"github.com/estran/estran/raftmeta"
@@ -77,7 +78,7 @@ func diskFault(cfg *config, err error) error {
 	switch {
 	case errors.Is(err, raftlog.ErrHung):
 		f.Code, f.Fix = "E_DISK_HUNG", "see what holds the disk up; start the node again when it answers: what was acknowledged is there"
-	case errors.Is(err, raftlog.ErrPoisoned):
+	case errors.Is(err, raftlog.ErrPoisoned), errors.Is(err, syscall.EIO), errors.Is(err, syscall.EROFS), errors.Is(err, syscall.ENOSPC): // the log, or a snapshot
 		f.Code, f.Fix = "E_DISK_WRITE", "see the kernel's log about the disk, then start the node again: what was acknowledged is there"
 	default:
 		return err

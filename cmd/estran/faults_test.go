@@ -16,7 +16,11 @@ func TestDiskFault(t *testing.T) {
 	cfg := &config{}
 	cfg.Node.DataDir = "/data"
 	write := fmt.Errorf("%w: %w", raftlog.ErrPoisoned, errors.Join(fmt.Errorf("fdatasync f: %w", syscall.EIO), errors.New("closing it")))
-	for code, err := range map[string]error{"E_DISK_WRITE": write, "E_DISK_HUNG": fmt.Errorf("%w: for 31s", raftlog.ErrHung)} {
+	for _, c := range []struct {
+		code string
+		err  error
+	}{{"E_DISK_WRITE", write}, {"E_DISK_WRITE", fmt.Errorf("raftlog: marking snapshot x: fdatasync x: %w", syscall.EIO)}, {"E_DISK_HUNG", fmt.Errorf("%w: for 31s", raftlog.ErrHung)}} {
+		code, err := c.code, c.err
 		var b bytes.Buffer
 		if got := printError(&b, diskFault(cfg, err)); got != exitError {
 			t.Errorf("exit %d", got)
