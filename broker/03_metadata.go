@@ -166,8 +166,9 @@ func (r *request) encodeTopic(w *writer, m *topicMeta) {
 		w.array(0)
 	} else {
 		w.array(len(m.t.Partitions))
+		replicas := r.s.replicas(m.t)
 		for p := range m.t.Partitions {
-			r.encodePartition(w, m.t, int32(p))
+			r.encodePartition(w, m.t, int32(p), replicas)
 		}
 	}
 	if r.version >= 8 {
@@ -176,7 +177,7 @@ func (r *request) encodeTopic(w *writer, m *topicMeta) {
 	w.tags()
 }
 
-func (r *request) encodePartition(w *writer, t *state.Topic, p int32) {
+func (r *request) encodePartition(w *writer, t *state.Topic, p int32, replicas []int32) {
 	code, leader, epoch := codeNone, int32(-1), int32(-1)
 	if node, ok := r.s.b.Leader(t.Partitions[p].Shard); ok {
 		leader = node
@@ -186,7 +187,6 @@ func (r *request) encodePartition(w *writer, t *state.Topic, p int32) {
 	} else {
 		code = codeLeaderNotAvailable
 	}
-	replicas := r.s.replicas(t)
 	w.i16(code)
 	w.i32(p)
 	w.i32(leader)
