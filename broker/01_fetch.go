@@ -120,7 +120,7 @@ func handleFetch(r *request) error {
 	wait := time.Duration(max(f.maxWait, 0)) * time.Millisecond
 	bytes := r.fetchOnce(f, parts, wait)
 	if bytes < int(f.minBytes) && wait > 0 && len(parts) > 0 && !anyError(parts) {
-		bytes = r.fetchLater(f, parts, began.Add(wait))
+		r.fetchLater(f, parts, began.Add(wait))
 	}
 	r.sendFetch(f, ses, parts)
 	return nil
@@ -164,7 +164,7 @@ func anyError(parts []*fetchPart) bool {
 }
 
 // fetchLater waits until enough has arrived or the time is over.
-func (r *request) fetchLater(f *fetchRequest, parts []*fetchPart, until time.Time) (bytes int) {
+func (r *request) fetchLater(f *fetchRequest, parts []*fetchPart, until time.Time) {
 	woken := make(chan struct{}, 1)
 	tps := make([]record.TopicPartition, len(parts))
 	for i, p := range parts {
@@ -180,9 +180,9 @@ func (r *request) fetchLater(f *fetchRequest, parts []*fetchPart, until time.Tim
 	timer := time.NewTimer(time.Until(until))
 	defer timer.Stop()
 	for last := false; ; {
-		bytes = r.fetchOnce(f, parts, time.Until(until)) // again: what came before the watch began, too
+		bytes := r.fetchOnce(f, parts, time.Until(until)) // again: what came before the watch began, too
 		if last || bytes >= int(f.minBytes) || anyError(parts) || r.s.drain.Load() {
-			return bytes
+			return
 		}
 		select {
 		case <-woken:
