@@ -15,8 +15,30 @@ const recentMax = 128 << 10
 // to the object store. It is not replicated and is empty after a restart.
 type recentIndex struct {
 	mu    sync.RWMutex
-	m     map[record.TopicPartition][]state.DroppedRef // by offset, contiguous
-	order []record.TopicPartition                      // one per ref, oldest first
+	m     map[record.TopicPartition]*recentList
+	order []*recentList // one per ref, oldest first
+}
+
+// recentList has a partition's refs by offset; each ends where the next begins.
+type recentList struct {
+	tp   record.TopicPartition
+	refs []recentRef
+	end  record.Offset
+}
+
+// recentRef is small: there are many. A term fits, since leader epochs are 31 bits; slots do, by state.SlotsMax.
+type recentRef struct {
+	index        uint64
+	base         record.Offset
+	term         uint32
+	first, count uint16
+}
+
+func (l *recentList) endOf(i int) record.Offset {
+	if i+1 < len(l.refs) {
+		return l.refs[i+1].base
+	}
+	return l.end
 }
 
 func (r *recentIndex) add(refs []state.DroppedRef) {
@@ -26,23 +48,23 @@ func (r *recentIndex) add(refs []state.DroppedRef) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.m == nil {
-		r.m = map[record.TopicPartition][]state.DroppedRef{}
+		r.m = map[record.TopicPartition]*recentList{}
 	}
 	for _, d := range refs {
-		list := r.m[d.TP]
-		if n := len(list); n > 0 && list[n-1].End != d.Base {
-			list = nil // a gap: what lies before it is of no use
+		l := r.m[d.TP]
+		if l == nil || l.end != d.Base { // a gap: what lies before it is of no use
+			l = &recentList{tp: d.TP}
+			r.m[d.TP] = l
 		}
-		r.m[d.TP] = append(list, d)
-		r.order = append(r.order, d.TP)
+		l.refs = append(l.refs, recentRef{uint64(d.Index), d.Base, uint32(d.Term), uint16(d.First), uint16(d.Count)})
+		l.end = d.End
+		r.order = append(r.order, l)
 	}
 	for len(r.order) > recentMax {
-		tp := r.order[0]
+		l := r.order[0]
 		r.order = r.order[1:]
-		if list := r.m[tp]; len(list) > 1 {
-			r.m[tp] = list[1:]
-		} else {
-			delete(r.m, tp)
+		if l.refs = l.refs[1:]; len(l.refs) == 0 && r.m[l.tp] == l {
+			delete(r.m, l.tp)
 		}
 	}
 }
@@ -51,14 +73,17 @@ func (r *recentIndex) add(refs []state.DroppedRef) {
 func (r *recentIndex) find(tp record.TopicPartition, from record.Offset, max int, out []state.HotRef) []state.HotRef {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	list := r.m[tp]
-	i := sort.Search(len(list), func(i int) bool { return list[i].End > from })
-	if i == len(list) || list[i].Base > from {
+	l := r.m[tp]
+	if l == nil {
 		return out
 	}
-	for ; i < len(list) && max > 0; i++ {
-		d := &list[i]
-		out = append(out, state.HotRef{Index: d.Index, Term: d.Term, Base: d.Base, End: d.End, First: d.First, Count: d.Count})
+	i := sort.Search(len(l.refs), func(i int) bool { return l.endOf(i) > from })
+	if i == len(l.refs) || l.refs[i].base > from {
+		return out
+	}
+	for ; i < len(l.refs) && max > 0; i++ {
+		d := &l.refs[i]
+		out = append(out, state.HotRef{Index: state.RaftIndex(d.index), Term: state.Term(d.term), Base: d.base, End: l.endOf(i), First: int(d.first), Count: int(d.count)})
 		max--
 	}
 	return out
