@@ -30,7 +30,8 @@ var allowed = map[string][]string{
 	"tiering":          {"objstore", "tiering/record", "tiering/segment"},
 	"raftmeta/raftlog": {},
 	"raftmeta/state":   {"tiering/record", "tiering/segment"},
-	"raftmeta":         {"raftmeta/state", "raftmeta/raftlog", "tiering/record", "tiering/segment", "tiering", "objstore"},
+	"raftmeta/peer":    {},
+	"raftmeta":         {"raftmeta/state", "raftmeta/raftlog", "raftmeta/peer", "tiering/record", "tiering/segment", "tiering", "objstore"},
 	"broker/group":     {"raftmeta/state", "tiering/record"},
 	"broker/admin":     {"raftmeta/state", "tiering/record"},
 	"broker":           {"broker/group", "raftmeta/state", "raftmeta", "tiering", "tiering/record", "tiering/segment"},
@@ -48,6 +49,7 @@ var testsMay = map[string][]string{
 	"objstore/minio":   {"objstore/objtest", "localstack"},
 	"objstore/open":    {"objstore/objtest", "localstack"},
 	"raftmeta/raftlog": {"localstack"},
+	"raftmeta/peer":    {"raftmeta/raftlog"},
 	"localstack":       {"objstore/s3", "objstore/minio", "objstore/open", "objstore/objtest"},
 	"tiering":          {"objstore/mem", "objstore/fs"},
 	"raftmeta":         {"objstore/mem"},
@@ -55,7 +57,7 @@ var testsMay = map[string][]string{
 
 // owners says which packages alone may import an outside module (a path or anything below it); the longest path wins.
 var owners = map[string][]string{
-	"github.com/hashicorp/raft":           {"raftmeta", "raftmeta/raftlog"},
+	"github.com/hashicorp/raft":           {"raftmeta", "raftmeta/raftlog", "raftmeta/peer"},
 	"github.com/hashicorp/raft-wal":       {},
 	"github.com/aws":                      {"objstore/s3"},
 	"github.com/minio/minio-go":           {"objstore/minio"},
@@ -65,7 +67,7 @@ var owners = map[string][]string{
 	"github.com/goccy/go-yaml":            {"cmd/estran"},
 	"github.com/pierrec/lz4":              {"tiering/record"},
 	"github.com/klauspost/compress":       {"tiering/record", "raftmeta"},
-	"github.com/prometheus/client_golang": {"objstore", "tiering", "raftmeta", "raftmeta/raftlog", "broker", "broker/admin", "cmd/estran"},
+	"github.com/prometheus/client_golang": {"objstore", "tiering", "raftmeta", "raftmeta/raftlog", "raftmeta/peer", "broker", "broker/admin", "cmd/estran"},
 	"github.com/tidwall/btree":            {"raftmeta/state"},
 }
 

@@ -206,21 +206,29 @@ func (l *Log) check(es []*raft.Log) error {
 		if e.Index != first+uint64(i) {
 			return fmt.Errorf("raftlog: entry %d where %d was due", e.Index, first+uint64(i))
 		}
-		if e.Type == stubType {
-			return fmt.Errorf("raftlog: the stub of entry %d must not be stored", e.Index)
+		if err := checkEntry(e); err != nil {
+			return err
 		}
-		if e.Type != raft.LogCommand {
-			continue
-		}
-		h, ok := ParseEntryHeader(e.Data)
-		switch {
-		case !ok:
-			return fmt.Errorf("raftlog: command %d of %d bytes has no header", e.Index, len(e.Data))
-		case h.Term != e.Term:
-			return fmt.Errorf("%w: command %d was proposed in term %d and would be stored in term %d", ErrTermMismatch, e.Index, h.Term, e.Term)
-		case h.Place == PlaceInline && int(h.PayloadLen) != len(e.Extensions), h.Place != PlaceInline && len(e.Extensions) != 0:
-			return fmt.Errorf("raftlog: command %d says %d bytes of payload, it has %d", e.Index, h.PayloadLen, len(e.Extensions))
-		}
+	}
+	return nil
+}
+
+// checkEntry refuses an entry that must never be stored, wherever it comes from.
+func checkEntry(e *raft.Log) error {
+	if e.Type == stubType {
+		return fmt.Errorf("raftlog: the stub of entry %d must not be stored", e.Index)
+	}
+	if e.Type != raft.LogCommand {
+		return nil
+	}
+	h, ok := ParseEntryHeader(e.Data)
+	switch {
+	case !ok:
+		return fmt.Errorf("raftlog: command %d of %d bytes has no header", e.Index, len(e.Data))
+	case h.Term != e.Term:
+		return fmt.Errorf("%w: command %d was proposed in term %d and would be stored in term %d", ErrTermMismatch, e.Index, h.Term, e.Term)
+	case h.Place == PlaceInline && int(h.PayloadLen) != len(e.Extensions), h.Place != PlaceInline && len(e.Extensions) != 0:
+		return fmt.Errorf("raftlog: command %d says %d bytes of payload, it has %d", e.Index, h.PayloadLen, len(e.Extensions))
 	}
 	return nil
 }
