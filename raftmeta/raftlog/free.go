@@ -62,43 +62,53 @@ func (l *Log) kickFree() {
 }
 
 func (l *Log) freeLoop() {
+	expiry := time.NewTimer(time.Hour)
+	defer expiry.Stop()
 	for {
 		select {
 		case <-l.stop:
 			return
 		case <-l.kick:
+		case <-expiry.C:
 		}
-		if err := l.free(); err != nil {
+		again, err := l.free()
+		if !again.IsZero() {
+			expiry.Reset(time.Until(again))
+		}
+		if err != nil {
 			_ = l.fail(fmt.Errorf("freeing: %w", err)) // nobody waits; the node is told
 			return
 		}
 	}
 }
 
-// free moves the base to the last entry of a file as long as more may be freed than is to be kept.
-func (l *Log) free() error {
+// free moves the base to the last entry of a file as long as more may be freed than is to be kept. again is when a hold ends that kept it from more.
+func (l *Log) free() (again time.Time, err error) {
 	l.freeMu.Lock()
 	defer l.freeMu.Unlock()
-	index, term := l.freeTarget(time.Now())
+	index, term, again := l.freeTarget(time.Now())
 	if index == 0 {
-		return nil
+		return again, nil
 	}
-	return l.moveBase(index, term)
+	return again, l.moveBase(index, term)
 }
 
-func (l *Log) freeTarget(now time.Time) (index, term uint64) {
+func (l *Log) freeTarget(now time.Time) (index, term uint64, again time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	limit := min(l.permit, l.lastLocked())
 	for peer, h := range l.holds {
-		if now.After(h.until) {
+		if !now.Before(h.until) {
 			delete(l.holds, peer)
 			continue
 		}
-		limit = min(limit, h.index)
+		if h.index < limit {
+			limit = h.index
+			again = h.until
+		}
 	}
 	if limit <= l.base {
-		return 0, 0
+		return 0, 0, again
 	}
 	keep := l.cfg.LocalRetention
 	if l.NoSpace() {
@@ -120,7 +130,7 @@ func (l *Log) freeTarget(now time.Time) (index, term uint64) {
 		index, term = last, l.ents[n-1].term
 		cached = l.bytesAboveLocked(index) - l.bytesAboveLocked(max(index, l.permit))
 	}
-	return index, term
+	return index, term, again
 }
 
 // entriesThrough counts the live entries in f and older files; generations never fall with the index.

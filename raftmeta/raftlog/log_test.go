@@ -206,7 +206,7 @@ func TestFreeing(t *testing.T) {
 	for i := uint64(1); i <= 200; i++ {
 		store(t, l, command(i, 1, 5, 20_000))
 	}
-	if err := l.free(); err != nil {
+	if _, err := l.free(); err != nil {
 		t.Fatal(err)
 	}
 	if b, _ := l.Base(); b != 0 {
@@ -217,7 +217,7 @@ func TestFreeing(t *testing.T) {
 		t.Fatalf("entry 2: %v", err)
 	}
 	l.Permit(150)
-	if err := l.free(); err != nil {
+	if _, err := l.free(); err != nil {
 		t.Fatal(err)
 	}
 	base, term := l.Base()
@@ -263,7 +263,7 @@ func TestLocalRetentionIsKept(t *testing.T) {
 		store(t, l, command(i, 1, 5, 20_000))
 	}
 	l.Permit(200)
-	if err := l.free(); err != nil {
+	if _, err := l.free(); err != nil {
 		t.Fatal(err)
 	}
 	if all, unfree := l.Bytes(); all > 2<<20 || all < 2<<20-(256<<10) || unfree != 0 {
@@ -278,14 +278,14 @@ func TestHoldForPeer(t *testing.T) {
 	}
 	l.HoldAt("peer", 40, time.Now().Add(time.Hour))
 	l.Permit(100)
-	if err := l.free(); err != nil {
+	if _, err := l.free(); err != nil {
 		t.Fatal(err)
 	}
 	if b, _ := l.Base(); b > 40 || b < 20 {
 		t.Errorf("base %d with a peer at 40", b)
 	}
 	l.ReleaseHold("peer")
-	if err := l.free(); err != nil {
+	if _, err := l.free(); err != nil {
 		t.Fatal(err)
 	}
 	if b, _ := l.Base(); b < 80 {
@@ -595,7 +595,7 @@ func crashLife(l *Log, rng *rand.Rand, acked map[uint64]*raft.Log, last, term ui
 	for range 25 {
 		if rng.IntN(8) == 0 && last > 3 {
 			l.Permit(last - 2)
-			if l.free() != nil {
+			if _, err := l.free(); err != nil {
 				return last
 			}
 			continue
@@ -682,7 +682,7 @@ func TestSnapshots(t *testing.T) {
 	if list, _ := st.List(); len(list) != 0 {
 		t.Errorf("peers are shown %d snapshots that are not installable", len(list))
 	}
-	if err := l.free(); err != nil {
+	if _, err := l.free(); err != nil {
 		t.Fatal(err)
 	}
 	if b, _ := l.Base(); b != 0 {
@@ -700,7 +700,7 @@ func TestSnapshots(t *testing.T) {
 	if err := s.Applied(200, 151); err != nil {
 		t.Fatal(err)
 	}
-	if err := l.free(); err != nil {
+	if _, err := l.free(); err != nil {
 		t.Fatal(err)
 	}
 	base, _ := l.Base()
@@ -814,7 +814,7 @@ func TestOnRealFiles(t *testing.T) {
 		store(t, l, command(i, 1, 100, 200_000))
 	}
 	l.Permit(40)
-	if err := l.free(); err != nil {
+	if _, err := l.free(); err != nil {
 		t.Fatal(err)
 	}
 	base, _ := l.Base()

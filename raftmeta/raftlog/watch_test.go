@@ -405,3 +405,24 @@ func TestNoRoomForAFlag(t *testing.T) {
 		}
 	})
 }
+
+// What a peer holds is freed when its time is over, though nothing else happens.
+func TestHoldEndsByItself(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := open(t, newMemFS(), nil)
+		for i := uint64(1); i <= 100; i++ {
+			store(t, l, command(i, 1, 5, 20_000))
+		}
+		l.HoldAt("peer", 40, time.Now().Add(time.Minute))
+		l.Permit(100)
+		synctest.Wait()
+		if b, _ := l.Base(); b > 40 {
+			t.Errorf("base %d with a peer at 40", b)
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if b, _ := l.Base(); b < 80 {
+			t.Errorf("base %d after the peer's time is over", b)
+		}
+	})
+}

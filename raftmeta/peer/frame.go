@@ -1,0 +1,269 @@
+// Package peer is the transport of a node's Raft groups: framed, authenticated, one order per group. FORMAT.md is what goes over the wire. It knows raft's requests and a
+// log's entries by (index, term); it knows no state and no Kafka.
+//
+// The invariants: what reaches raft is what the sender's log holds, checked; a stalled group holds up no other; nothing waits without a limit.
+package peer
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+type kind uint8
+
+const (
+	kindAppend     kind = 1
+	kindVote       kind = 2
+	kindPreVote    kind = 3
+	kindTimeoutNow kind = 4
+	kindInstall    kind = 5
+	kindTerm       kind = 6
+	kindLast            = kindTerm
+)
+
+// String returns the label of the metrics.
+func (k kind) String() string {
+	return [...]string{"", "append", "vote", "prevote", "timeout_now", "install", "term"}[k]
+}
+
+const (
+	frameVersion = 1
+	frameHeader  = 40
+	chunkMax     = 256 << 10
+	messageMax   = 24 << 20
+	metaMax      = 1 << 20
+	entryMeta    = 41
+
+	flagAnswer = 1
+	flagMore   = 2
+
+	statusOK      = 0
+	statusRefused = 1
+)
+
+// ErrFrame: what a peer sent is no frame of this version.
+var ErrFrame = errors.New("peer: bad frame")
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+func crcOf(b []byte) uint32 { return crc32.Checksum(b, castagnoli) }
+
+// header is a frame's.
+type header struct {
+	kind        kind
+	flags       uint8
+	length      uint32
+	group       uint32
+	id          uint64
+	total, meta uint32
+	metaCRC     uint32
+}
+
+func (h *header) encode(b []byte) {
+	be := binary.BigEndian
+	b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7] = 'E', 'P', frameVersion, byte(h.kind), h.flags, 0, 0, 0
+	be.PutUint32(b[8:], h.length)
+	be.PutUint32(b[12:], h.group)
+	be.PutUint64(b[16:], h.id)
+	be.PutUint32(b[24:], h.total)
+	be.PutUint32(b[28:], h.meta)
+	be.PutUint32(b[32:], h.metaCRC)
+	be.PutUint32(b[36:], crcOf(b[:36]))
+}
+
+func decodeHeader(b []byte) (h header, err error) {
+	be := binary.BigEndian
+	switch {
+	case len(b) < frameHeader || b[0] != 'E' || b[1] != 'P':
+		return h, fmt.Errorf("%w: no magic", ErrFrame)
+	case be.Uint32(b[36:]) != crcOf(b[:36]):
+		return h, fmt.Errorf("%w: checksum of the header", ErrFrame)
+	case b[2] != frameVersion:
+		return h, fmt.Errorf("%w: version %d", ErrFrame, b[2])
+	}
+	h = header{kind: kind(b[3]), flags: b[4], length: be.Uint32(b[8:]), group: be.Uint32(b[12:]), id: be.Uint64(b[16:]), total: be.Uint32(b[24:]), meta: be.Uint32(b[28:]), metaCRC: be.Uint32(b[32:])}
+	if h.kind == 0 || h.kind > kindLast || h.length > chunkMax || h.total > messageMax || h.meta > metaMax || h.meta > h.total || h.length > h.total {
+		return h, fmt.Errorf("%w: kind %d, %d bytes of %d, %d of them meta", ErrFrame, h.kind, h.length, h.total, h.meta)
+	}
+	return h, nil
+}
+
+// message is one that was received whole.
+type message struct {
+	header
+	body []byte
+}
+
+func (m *message) metaPart() []byte { return m.body[:m.meta] }
+func (m *message) bulk() []byte     { return m.body[m.meta:] }
+
+// assembler puts messages together; one frame of a group belongs to the message that the frame before it began.
+type assembler struct {
+	r    io.Reader
+	open map[uint32]*message // by group
+	got  map[uint32]uint32
+	// held bounds what is being put together.
+	held int
+	head [frameHeader]byte
+}
+
+func newAssembler(r io.Reader) *assembler {
+	return &assembler{r: r, open: map[uint32]*message{}, got: map[uint32]uint32{}}
+}
+
+const heldMax = 4 * messageMax
+
+// next returns the next message that is whole.
+func (a *assembler) next() (*message, error) {
+	for {
+		if _, err := io.ReadFull(a.r, a.head[:]); err != nil {
+			return nil, err
+		}
+		h, err := decodeHeader(a.head[:])
+		if err != nil {
+			return nil, err
+		}
+		m := a.open[h.group]
+		if m == nil {
+			if a.held += int(h.total); a.held > heldMax {
+				return nil, fmt.Errorf("%w: %d bytes of messages that are not whole", ErrFrame, a.held)
+			}
+			m = &message{header: h, body: make([]byte, h.total)}
+			a.open[h.group], a.got[h.group] = m, 0
+		}
+		at := a.got[h.group]
+		last := h.flags&flagMore == 0
+		if h.id != m.id || h.kind != m.kind || h.total != m.total || h.meta != m.meta || h.metaCRC != m.metaCRC || at+h.length > m.total || last != (at+h.length == m.total) || !last && h.length == 0 {
+			return nil, fmt.Errorf("%w: a frame that does not continue message %d of group %d", ErrFrame, m.id, h.group)
+		}
+		if _, err := io.ReadFull(a.r, m.body[at:at+h.length]); err != nil {
+			return nil, err
+		}
+		a.got[h.group] = at + h.length
+		if !last {
+			continue
+		}
+		delete(a.open, h.group)
+		delete(a.got, h.group)
+		a.held -= int(m.total)
+		if crcOf(m.metaPart()) != m.metaCRC {
+			return nil, fmt.Errorf("%w: checksum of the meta part of message %d", ErrFrame, m.id)
+		}
+		m.flags = h.flags
+		return m, nil
+	}
+}
+
+func encodeAppend(a *raft.AppendEntriesRequest, crcs []entryCRC) []byte {
+	be := binary.BigEndian
+	leader := a.RPCHeader.Addr
+	b := make([]byte, 0, 42+len(leader)+entryMeta*len(a.Entries))
+	b = be.AppendUint32(b, uint32(a.ProtocolVersion))
+	for _, v := range []uint64{a.Term, a.PrevLogEntry, a.PrevLogTerm, a.LeaderCommitIndex} {
+		b = be.AppendUint64(b, v)
+	}
+	b = be.AppendUint16(b, uint16(len(leader)))
+	b = append(b, leader...)
+	b = be.AppendUint32(b, uint32(len(a.Entries)))
+	for i, e := range a.Entries {
+		b = be.AppendUint64(b, e.Index)
+		b = be.AppendUint64(b, e.Term)
+		b = append(b, byte(e.Type))
+		at := int64(0)
+		if !e.AppendedAt.IsZero() {
+			at = e.AppendedAt.UnixNano()
+		}
+		b = be.AppendUint64(b, uint64(at))
+		b = be.AppendUint32(b, uint32(len(e.Data)))
+		b = be.AppendUint32(b, crcs[i].extLen)
+		b = be.AppendUint32(b, crcs[i].data)
+		b = be.AppendUint32(b, crcs[i].ext)
+	}
+	return b
+}
+
+// entryCRC is what a frame says of an entry's bytes.
+type entryCRC struct{ data, ext, extLen uint32 }
+
+// decodeAppend reads a request whose entries alias bulk. Every byte has been checked when it returns.
+func decodeAppend(meta, bulk []byte) (*raft.AppendEntriesRequest, []entryCRC, error) {
+	be := binary.BigEndian
+	bad := func(why string) (*raft.AppendEntriesRequest, []entryCRC, error) {
+		return nil, nil, fmt.Errorf("%w: append: %s", ErrFrame, why)
+	}
+	if len(meta) < 38 {
+		return bad("short")
+	}
+	a := &raft.AppendEntriesRequest{Term: be.Uint64(meta[4:]), PrevLogEntry: be.Uint64(meta[12:]), PrevLogTerm: be.Uint64(meta[20:]), LeaderCommitIndex: be.Uint64(meta[28:])}
+	n := int(be.Uint16(meta[36:]))
+	rest := meta[38:]
+	if len(rest) < n+4 {
+		return bad("short")
+	}
+	a.RPCHeader = raft.RPCHeader{ProtocolVersion: raft.ProtocolVersion(be.Uint32(meta)), ID: rest[:n:n], Addr: rest[:n:n]}
+	a.Leader = a.RPCHeader.Addr
+	count := be.Uint32(rest[n:])
+	rest = rest[n+4:]
+	if uint64(len(rest)) != uint64(count)*entryMeta {
+		return bad("number of entries")
+	}
+	logs, crcs := make([]raft.Log, count), make([]entryCRC, count)
+	a.Entries = make([]*raft.Log, count)
+	for i := range logs {
+		m := rest[i*entryMeta:]
+		dataLen, extLen := be.Uint32(m[25:]), be.Uint32(m[29:])
+		if uint64(dataLen)+uint64(extLen) > uint64(len(bulk)) {
+			return bad("length of an entry")
+		}
+		e := &logs[i]
+		e.Index, e.Term, e.Type = be.Uint64(m), be.Uint64(m[8:]), raft.LogType(m[16])
+		if at := int64(be.Uint64(m[17:])); at != 0 {
+			e.AppendedAt = time.Unix(0, at)
+		}
+		e.Data, bulk = bulk[:dataLen:dataLen], bulk[dataLen:]
+		if extLen > 0 {
+			e.Extensions, bulk = bulk[:extLen:extLen], bulk[extLen:]
+		}
+		crcs[i] = entryCRC{be.Uint32(m[33:]), be.Uint32(m[37:]), extLen}
+		if crcOf(e.Data) != crcs[i].data || crcOf(e.Extensions) != crcs[i].ext {
+			return bad(fmt.Sprintf("checksum of entry %d", e.Index))
+		}
+		a.Entries[i] = e
+	}
+	if len(bulk) > 0 {
+		return bad("bytes behind the last entry")
+	}
+	return a, crcs, nil
+}
+
+func encodeAppendAnswer(r *raft.AppendEntriesResponse) []byte {
+	be := binary.BigEndian
+	b := be.AppendUint32([]byte{statusOK}, uint32(r.ProtocolVersion))
+	b = be.AppendUint64(b, r.Term)
+	b = be.AppendUint64(b, r.LastLog)
+	return append(b, bit(r.Success), bit(r.NoRetryBackoff))
+}
+
+func bit(v bool) byte {
+	if v {
+		return 1
+	}
+	return 0
+}
+
+func decodeAppendAnswer(b []byte, r *raft.AppendEntriesResponse) error {
+	if len(b) != 22 {
+		return fmt.Errorf("%w: answer of %d bytes to an append", ErrFrame, len(b))
+	}
+	be := binary.BigEndian
+	r.ProtocolVersion = raft.ProtocolVersion(be.Uint32(b))
+	r.Term, r.LastLog = be.Uint64(b[4:]), be.Uint64(b[12:])
+	r.Success, r.NoRetryBackoff = b[20] == 1, b[21] == 1
+	return nil
+}

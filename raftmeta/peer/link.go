@@ -1,0 +1,358 @@
+package peer
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// Errors of a call.
+var (
+	// ErrTimeout: no answer in time; whether the peer has acted is unknown.
+	ErrTimeout = errors.New("peer: no answer in time")
+	// ErrClosed: this node is closing.
+	ErrClosed = errors.New("peer: closed")
+	errBroken = errors.New("peer: connection broken")
+)
+
+const (
+	writeTime = 10 * time.Second
+	// writeMost is what goes into one write.
+	writeMost = 1 << 20
+	dialTime  = 2 * time.Second
+	redial    = 50 * time.Millisecond
+	answerMax = 64 << 10
+)
+
+// call is a request that is on its way. done is called once, on whatever goroutine; it must not block.
+type call struct {
+	kind  kind
+	group uint32
+	meta  []byte
+	bulk  net.Buffers
+	size  int // of bulk
+	done  func(answer []byte, err error)
+
+	id    uint64
+	sent  int // bytes of the message that were written
+	timer *time.Timer
+	over  bool
+}
+
+// link is the connection of one class to one peer. It is made when there is something to say and made again when it breaks.
+type link struct {
+	p      *Peers
+	target string
+	class  class
+
+	mu      sync.Mutex
+	cond    *sync.Cond
+	queues  map[uint32][]*call // by group, oldest first
+	turn    []uint32           // groups with something to write, in the order in which they are served
+	pending map[uint64]*call   // written at least in part, not answered
+	next    uint64
+	conn    net.Conn
+	closed  bool
+}
+
+func newLink(p *Peers, target string, cl class) *link {
+	l := &link{p: p, target: target, class: cl, queues: map[uint32][]*call{}, pending: map[uint64]*call{}}
+	l.cond = sync.NewCond(&l.mu)
+	return l
+}
+
+// submit sends a call; it fails after limit.
+func (l *link) submit(c *call, limit time.Duration) {
+	l.mu.Lock()
+	if l.closed {
+		l.mu.Unlock()
+		c.done(nil, ErrClosed)
+		return
+	}
+	l.next++
+	c.id = l.next
+	if len(l.queues[c.group]) == 0 {
+		l.turn = append(l.turn, c.group)
+	}
+	l.queues[c.group] = append(l.queues[c.group], c)
+	c.timer = time.AfterFunc(limit, func() { l.finish(c, nil, fmt.Errorf("%w: %s to %s after %s", ErrTimeout, c.kind, l.target, limit)) })
+	l.cond.Broadcast()
+	l.mu.Unlock()
+}
+
+// ask is submit that waits.
+func (l *link) ask(c *call, limit time.Duration) (answer []byte, err error) {
+	done := make(chan struct{})
+	began := time.Now()
+	c.done = func(a []byte, e error) { answer, err = a, e; close(done) }
+	l.submit(c, limit)
+	<-done
+	l.p.observe(l.target, c.kind, began, err)
+	return answer, err
+}
+
+// finish ends a call, if nothing has.
+func (l *link) finish(c *call, answer []byte, err error) {
+	l.mu.Lock()
+	over := c.over
+	c.over = true
+	delete(l.pending, c.id)
+	if !over && c.sent == 0 { // it was never begun: it must not be
+		l.dropLocked(c)
+	}
+	l.mu.Unlock()
+	if over {
+		return
+	}
+	c.timer.Stop()
+	c.done(answer, err)
+}
+
+func (l *link) dropLocked(c *call) {
+	q := l.queues[c.group]
+	for i, x := range q {
+		if x == c {
+			l.queues[c.group] = append(q[:i:i], q[i+1:]...)
+			break
+		}
+	}
+	if len(l.queues[c.group]) == 0 {
+		delete(l.queues, c.group)
+		for i, g := range l.turn {
+			if g == c.group {
+				l.turn = append(l.turn[:i:i], l.turn[i+1:]...)
+				break
+			}
+		}
+	}
+}
+
+// run writes until close. What was begun on a connection that broke fails; what waits goes over the next one.
+func (l *link) run() {
+	for {
+		l.mu.Lock()
+		for len(l.turn) == 0 && !l.closed {
+			l.cond.Wait()
+		}
+		closed := l.closed
+		l.mu.Unlock()
+		if closed {
+			return
+		}
+		c, err := l.dial()
+		if err != nil {
+			l.p.cfg.Logger.Debug("no connection to a peer", "peer", l.target, "class", l.class, "err", err)
+			if !l.pause(redial) { // calls wait for their time: raft backs off for seconds if they fail at once
+				return
+			}
+			continue
+		}
+		var read sync.WaitGroup
+		read.Go(func() { l.read(c) })
+		err = l.write(c)
+		_ = c.Close() // ends the reader
+		read.Wait()
+		l.broke(fmt.Errorf("%w: %w", errBroken, err))
+	}
+}
+
+func (l *link) pause(d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-l.p.ctx.Done():
+		return false
+	}
+}
+
+func (l *link) dial() (net.Conn, error) {
+	c, err := l.p.dial(l.target)
+	if err != nil {
+		return nil, err
+	}
+	if err := l.p.introduce(c, l.target, l.class); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return nil, errors.Join(ErrClosed, c.Close())
+	}
+	l.conn = c
+	return c, nil
+}
+
+// dial connects to a peer, without a handshake.
+func (p *Peers) dial(target string) (net.Conn, error) {
+	addr, ok := p.cfg.Resolve(target)
+	if !ok {
+		return nil, fmt.Errorf("peer: no address of %s", target)
+	}
+	ctx, cancel := context.WithTimeout(p.ctx, dialTime)
+	defer cancel()
+	return p.cfg.Dial(ctx, addr)
+}
+
+// write sends what waits, group after group, a chunk of each at a time.
+func (l *link) write(c net.Conn) error {
+	heads := make([]byte, 0, frameHeader*(writeMost/chunkMax+8))
+	var bufs net.Buffers
+	for {
+		heads, bufs = heads[:0], bufs[:0]
+		l.mu.Lock()
+		for len(l.turn) == 0 && !l.closed && l.conn == c {
+			l.cond.Wait()
+		}
+		if l.closed || l.conn != c {
+			l.mu.Unlock()
+			return ErrClosed
+		}
+		for n := 0; n < writeMost && len(l.turn) > 0 && len(heads)+frameHeader <= cap(heads); {
+			g := l.turn[0]
+			x := l.queues[g][0]
+			l.turn = l.turn[1:]
+			if x.sent == 0 {
+				l.pending[x.id] = x
+			}
+			var k int
+			heads, bufs, k = x.chunk(heads, bufs)
+			n += k
+			if x.sent == len(x.meta)+x.size {
+				if l.queues[g] = l.queues[g][1:]; len(l.queues[g]) == 0 {
+					delete(l.queues, g)
+					continue
+				}
+			}
+			l.turn = append(l.turn, g)
+		}
+		l.mu.Unlock()
+		if err := c.SetWriteDeadline(time.Now().Add(writeTime)); err != nil {
+			return err
+		}
+		out := bufs
+		if _, err := out.WriteTo(c); err != nil {
+			return err
+		}
+	}
+}
+
+// chunk appends the call's next frame.
+func (c *call) chunk(heads []byte, bufs net.Buffers) ([]byte, net.Buffers, int) {
+	total := len(c.meta) + c.size
+	n := min(chunkMax, total-c.sent)
+	h := header{kind: c.kind, length: uint32(n), group: c.group, id: c.id, total: uint32(total), meta: uint32(len(c.meta)), metaCRC: crcOf(c.meta)}
+	if c.sent+n < total {
+		h.flags |= flagMore
+	}
+	at := len(heads)
+	heads = heads[:at+frameHeader]
+	h.encode(heads[at:])
+	bufs = append(bufs, heads[at:])
+	left := n
+	if c.sent < len(c.meta) {
+		k := min(left, len(c.meta)-c.sent)
+		bufs = append(bufs, c.meta[c.sent:c.sent+k])
+		left -= k
+	}
+	for left > 0 {
+		b := c.bulk[0]
+		k := min(left, len(b))
+		bufs = append(bufs, b[:k])
+		if c.bulk[0] = b[k:]; k == len(b) {
+			c.bulk = c.bulk[1:]
+		}
+		left -= k
+	}
+	c.sent += n
+	return heads, bufs, n + frameHeader
+}
+
+// read takes answers until the connection breaks.
+func (l *link) read(c net.Conn) {
+	a := newAssembler(bufio.NewReaderSize(c, 16<<10))
+	for {
+		m, err := a.next()
+		if err == nil && (m.flags&flagAnswer == 0 || m.total > answerMax) {
+			err = fmt.Errorf("%w: not an answer", ErrFrame)
+		}
+		if err != nil {
+			l.mu.Lock()
+			if l.conn == c {
+				l.conn = nil // ends the writer
+			}
+			l.cond.Broadcast()
+			l.mu.Unlock()
+			_ = c.Close()
+			return
+		}
+		l.mu.Lock()
+		x := l.pending[m.id]
+		l.mu.Unlock()
+		if x == nil || x.kind != m.kind || x.group != m.group {
+			continue // it came too late
+		}
+		body, err := m.answer()
+		l.finish(x, body, err)
+	}
+}
+
+// answer takes the status off an answer.
+func (m *message) answer() ([]byte, error) {
+	if len(m.body) == 0 {
+		return nil, fmt.Errorf("%w: empty answer", ErrFrame)
+	}
+	if m.body[0] != statusOK {
+		return nil, fmt.Errorf("%w: %s", ErrRefused, m.body[1:])
+	}
+	return m.body[1:], nil
+}
+
+// broke fails what was on its way.
+func (l *link) broke(err error) {
+	l.mu.Lock()
+	l.conn = nil
+	var gone []*call
+	for _, c := range l.pending {
+		gone = append(gone, c)
+	}
+	for _, q := range l.queues { // half written: the peer has dropped it
+		if len(q) > 0 && q[0].sent > 0 {
+			l.dropLocked(q[0])
+		}
+	}
+	l.mu.Unlock()
+	for _, c := range gone {
+		l.finish(c, nil, err)
+	}
+}
+
+// close fails everything.
+func (l *link) close() {
+	l.mu.Lock()
+	l.closed = true
+	if l.conn != nil {
+		_ = l.conn.Close() // the writer and the reader end
+	}
+	var left []*call
+	for _, q := range l.queues {
+		left = append(left, q...)
+	}
+	for _, c := range l.pending {
+		left = append(left, c)
+	}
+	l.cond.Broadcast()
+	l.mu.Unlock()
+	for _, c := range left {
+		l.finish(c, nil, ErrClosed)
+	}
+}
+
+// refused reports whether nobody listens where the peer was: its process is dead.
+func refused(err error) bool { return errors.Is(err, syscall.ECONNREFUSED) }

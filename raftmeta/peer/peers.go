@@ -1,0 +1,243 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Config describes this node to its peers.
+type Config struct {
+	// ServerID is node ID "." incarnation; a frame to another incarnation is refused.
+	ServerID  string
+	ClusterID string
+	// Secret authenticates both ends. Without one the listener must be on loopback.
+	Secret []byte
+	// Listener takes connections; Close closes it. nil = this node has no peers.
+	Listener net.Listener
+	// Resolve gives the address of a server ID.
+	Resolve func(serverID string) (addr string, ok bool)
+	// Dial connects to an address; nil = TCP.
+	Dial func(ctx context.Context, addr string) (net.Conn, error)
+	// StageDir is where snapshots are put together before raft sees them.
+	StageDir string
+
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
+	Now        func() time.Time
+}
+
+// Peers are the other nodes, for all groups of this one.
+type Peers struct {
+	cfg    Config
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+	m      *metrics
+
+	mu     sync.Mutex
+	groups map[uint32]*Transport
+	links  map[linkKey]*link
+	in     map[*inbound]struct{}
+	closed bool
+}
+
+type linkKey struct {
+	target string
+	class  class
+}
+
+// inMax bounds connections from peers.
+const inMax = 64
+
+// ErrOpen: a listener that anybody may reach needs a secret.
+var ErrOpen = errors.New("peer: the peer listener is not on loopback and there is no secret")
+
+// New starts listening.
+func New(cfg Config) (*Peers, error) {
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Registerer == nil {
+		cfg.Registerer = prometheus.NewRegistry()
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Dial == nil {
+		cfg.Dial = func(ctx context.Context, addr string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "tcp", addr)
+		}
+	}
+	if cfg.Listener != nil && len(cfg.Secret) == 0 {
+		if a, ok := cfg.Listener.Addr().(*net.TCPAddr); !ok || !a.IP.IsLoopback() {
+			return nil, fmt.Errorf("%w: %s", ErrOpen, cfg.Listener.Addr())
+		}
+		cfg.Logger.Warn("peers are not authenticated: any process of this machine may speak for one", "component", "peer", "listen", cfg.Listener.Addr().String())
+	}
+	p := &Peers{cfg: cfg, groups: map[uint32]*Transport{}, links: map[linkKey]*link{}, in: map[*inbound]struct{}{}, m: newMetrics(cfg.Registerer)}
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	if cfg.Listener != nil {
+		p.wg.Go(p.accept)
+	}
+	return p, nil
+}
+
+// Close ends every connection and waits for it. Calls that are under way fail.
+func (p *Peers) Close() error {
+	p.cancel()
+	var err error
+	if p.cfg.Listener != nil {
+		err = p.cfg.Listener.Close()
+	}
+	p.mu.Lock()
+	p.closed = true
+	var links []*link
+	for _, l := range p.links {
+		links = append(links, l)
+	}
+	for x := range p.in {
+		x.abort()
+	}
+	p.mu.Unlock()
+	for _, l := range links {
+		l.close()
+	}
+	p.wg.Wait()
+	return err
+}
+
+func (p *Peers) link(target string, cl class) *link {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	k := linkKey{target, cl}
+	l := p.links[k]
+	if l == nil {
+		l = newLink(p, target, cl)
+		l.closed = p.closed
+		p.links[k] = l
+		p.wg.Go(l.run)
+	}
+	return l
+}
+
+func (p *Peers) group(id uint32) *Transport {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.groups[id]
+}
+
+func (p *Peers) accept() {
+	for {
+		c, err := p.cfg.Listener.Accept()
+		if err != nil {
+			if p.ctx.Err() == nil && !errors.Is(err, net.ErrClosed) {
+				p.cfg.Logger.Warn("the peer listener failed", "component", "peer", "err", err)
+				if (&link{p: p}).pause(redial) {
+					continue
+				}
+			}
+			return
+		}
+		x := newInbound(p, c)
+		p.mu.Lock()
+		full := p.closed || len(p.in) >= inMax
+		if !full {
+			p.in[x] = struct{}{}
+			p.wg.Go(x.serve)
+		}
+		p.mu.Unlock()
+		if full {
+			_ = c.Close()
+		}
+	}
+}
+
+// lost is told when a connection from a peer has ended: if nobody listens there any more its process is dead, and no timer need run out.
+func (p *Peers) lost(from string) {
+	c, err := p.dial(from)
+	if err == nil {
+		_ = c.Close()
+		return
+	}
+	if !refused(err) {
+		return
+	}
+	p.mu.Lock()
+	groups := make([]*Transport, 0, len(p.groups))
+	for _, g := range p.groups {
+		groups = append(groups, g)
+	}
+	p.mu.Unlock()
+	for _, g := range groups {
+		g.leaderDied(from)
+	}
+}
+
+// Terms asks servers, each after the call began, for the current term of their instance of a group. It returns the terms of those that answered before ctx ended; it ends
+// as soon as `enough` says so.
+func (p *Peers) Terms(ctx context.Context, group uint32, servers []string, enough func(terms []uint64) bool) []uint64 {
+	answers := make(chan uint64, len(servers))
+	failed := make(chan struct{}, len(servers))
+	limit := callTime
+	if d, ok := ctx.Deadline(); ok {
+		limit = min(limit, time.Until(d))
+	}
+	for _, s := range servers {
+		began := time.Now()
+		c := &call{kind: kindTerm, group: group}
+		c.done = func(b []byte, err error) {
+			p.observe(s, kindTerm, began, err)
+			if term, ok := decodeTerm(b); err == nil && ok {
+				answers <- term
+				return
+			}
+			failed <- struct{}{}
+		}
+		p.link(s, classBeat).submit(c, max(limit, time.Millisecond))
+	}
+	var terms []uint64
+	for left := len(servers); left > 0 && !enough(terms); left-- {
+		select {
+		case t := <-answers:
+			terms = append(terms, t)
+		case <-failed:
+		case <-ctx.Done():
+			return terms
+		}
+	}
+	return terms
+}
+
+type metrics struct {
+	calls    *prometheus.CounterVec
+	failed   *prometheus.CounterVec
+	duration *prometheus.HistogramVec
+}
+
+func newMetrics(r prometheus.Registerer) *metrics {
+	m := &metrics{
+		calls:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "estran_raft_rpc_total", Help: "Requests to peers."}, []string{"peer", "kind"}),
+		failed: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "estran_raft_rpc_errors_total", Help: "Requests to peers that failed."}, []string{"peer", "kind"}),
+		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "estran_raft_rpc_duration_seconds", Help: "Requests to peers until their answer.",
+			Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 10}}, []string{"peer", "kind"}),
+	}
+	r.MustRegister(m.calls, m.failed, m.duration)
+	return m
+}
+
+func (p *Peers) observe(peer string, k kind, began time.Time, err error) {
+	node, _, _ := cutServer(peer)
+	p.m.calls.WithLabelValues(node, k.String()).Inc()
+	p.m.duration.WithLabelValues(node, k.String()).Observe(time.Since(began).Seconds())
+	if err != nil {
+		p.m.failed.WithLabelValues(node, k.String()).Inc()
+	}
+}

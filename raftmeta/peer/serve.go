@@ -1,0 +1,203 @@
+package peer
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+)
+
+const (
+	// waitingMax bounds the messages of a group that wait for its raft: more than any window.
+	waitingMax   = 256
+	waitingBytes = 64 << 20
+	readBuffer   = 64 << 10
+)
+
+// inbound is a connection that a peer has made. Its reader never waits for a group.
+type inbound struct {
+	p    *Peers
+	c    net.Conn
+	from string
+	cl   class
+	done chan struct{}
+	once sync.Once
+
+	mu    sync.Mutex
+	cond  *sync.Cond
+	queue map[uint32]*inQueue
+	out   []byte // answers that wait for the writer
+}
+
+// inQueue is what one group has been sent.
+type inQueue struct {
+	waiting []*message
+	bytes   int
+	busy    bool
+}
+
+func newInbound(p *Peers, c net.Conn) *inbound {
+	x := &inbound{p: p, c: c, done: make(chan struct{}), queue: map[uint32]*inQueue{}}
+	x.cond = sync.NewCond(&x.mu)
+	return x
+}
+
+func (x *inbound) abort() {
+	x.once.Do(func() {
+		close(x.done)
+		_ = x.c.Close()
+		x.mu.Lock()
+		x.cond.Broadcast()
+		x.mu.Unlock()
+	})
+}
+
+func (x *inbound) serve() {
+	err := x.run()
+	x.abort()
+	p := x.p
+	p.mu.Lock()
+	delete(p.in, x)
+	p.mu.Unlock()
+	if p.ctx.Err() != nil {
+		return
+	}
+	p.cfg.Logger.Debug("a peer's connection ended", "component", "peer", "peer", x.from, "class", x.cl, "addr", x.c.RemoteAddr().String(), "err", err)
+	if x.from != "" && !errors.Is(err, ErrFrame) {
+		p.lost(x.from)
+	}
+}
+
+func (x *inbound) run() (err error) {
+	if x.from, x.cl, err = x.p.receive(x.c); err != nil {
+		return err
+	}
+	x.p.wg.Go(x.write)
+	a := newAssembler(bufio.NewReaderSize(x.c, readBuffer))
+	for {
+		m, err := a.next()
+		if err != nil {
+			return err
+		}
+		if m.flags&flagAnswer != 0 {
+			return fmt.Errorf("%w: an answer to nothing", ErrFrame)
+		}
+		if err := x.dispatch(m); err != nil {
+			return err
+		}
+	}
+}
+
+// dispatch hands a message to its group's goroutine. What is answered outside raft is answered here.
+func (x *inbound) dispatch(m *message) error {
+	if m.kind == kindTerm {
+		x.answer(m, x.p.termOf(m.group), nil)
+		return nil
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	q := x.queue[m.group]
+	if q == nil {
+		if x.p.group(m.group) == nil {
+			x.answerLocked(m, nil, fmt.Errorf("no group %d here", m.group))
+			return nil
+		}
+		q = &inQueue{}
+		x.queue[m.group] = q
+	}
+	if x.cl == classBeat && len(q.waiting) > 0 { // whoever sent the older ones has given them up
+		q.waiting, q.bytes = q.waiting[:0], 0
+	}
+	q.waiting, q.bytes = append(q.waiting, m), q.bytes+len(m.body)
+	if len(q.waiting) > waitingMax || q.bytes > waitingBytes {
+		return fmt.Errorf("%w: %d messages of %d bytes wait for group %d", ErrFrame, len(q.waiting), q.bytes, m.group)
+	}
+	if !q.busy {
+		q.busy = true
+		x.p.wg.Go(func() { x.work(m.group, q) })
+	}
+	return nil
+}
+
+// work handles a group's messages in order, until none waits.
+func (x *inbound) work(group uint32, q *inQueue) {
+	for {
+		x.mu.Lock()
+		if len(q.waiting) == 0 {
+			q.busy = false
+			x.mu.Unlock()
+			return
+		}
+		m := q.waiting[0]
+		q.waiting, q.bytes = q.waiting[1:], q.bytes-len(m.body)
+		x.mu.Unlock()
+		var answer []byte
+		err := errors.New("the group is closed")
+		if g := x.p.group(group); g != nil {
+			answer, err = g.handle(x, m)
+		}
+		select {
+		case <-x.done:
+			return
+		default:
+			x.answer(m, answer, err)
+		}
+	}
+}
+
+func (x *inbound) answer(m *message, body []byte, err error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.answerLocked(m, body, err)
+}
+
+func (x *inbound) answerLocked(m *message, body []byte, err error) {
+	if err != nil {
+		body = append([]byte{statusRefused}, err.Error()...)
+		body = body[:min(len(body), 1000)]
+	}
+	h := header{kind: m.kind, flags: flagAnswer, length: uint32(len(body)), group: m.group, id: m.id, total: uint32(len(body)), meta: uint32(len(body)), metaCRC: crcOf(body)}
+	at := len(x.out)
+	x.out = append(x.out, make([]byte, frameHeader)...)
+	h.encode(x.out[at:])
+	x.out = append(x.out, body...)
+	x.cond.Broadcast()
+}
+
+// write sends answers; those that are ready together leave in one write.
+func (x *inbound) write() {
+	var b []byte
+	for {
+		x.mu.Lock()
+		for len(x.out) == 0 && !x.ended() {
+			x.cond.Wait()
+		}
+		b, x.out = x.out, b[:0]
+		x.mu.Unlock()
+		if x.ended() {
+			return
+		}
+		err := x.c.SetWriteDeadline(time.Now().Add(writeTime))
+		if err == nil {
+			_, err = x.c.Write(b)
+		}
+		if err != nil {
+			x.abort()
+			return
+		}
+	}
+}
+
+func (x *inbound) ended() bool {
+	select {
+	case <-x.done:
+		return true
+	default:
+		return false
+	}
+}
+
+var _ io.Closer = (*Peers)(nil)

@@ -1,0 +1,495 @@
+package peer
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+const (
+	// callTime bounds a call; a peer's disk may stall for a while.
+	callTime = 10 * time.Second
+	beatTime = 2 * time.Second
+	voteTime = 2 * time.Second
+	// sendMost bounds the bytes of one AppendEntries; one entry may be larger.
+	sendMost = 8 << 20
+	// windowBytes and windowCalls bound what a follower has not acknowledged yet.
+	windowBytes = 16 << 20
+	windowCalls = 64
+	// rankStep lies between the elections that a leader's death sets off.
+	rankStep = 50 * time.Millisecond
+	// catchUp is how long the log waits for a peer that is behind.
+	catchUp = 2 * time.Second
+)
+
+// Log is what the transport needs of a group's log.
+type Log interface {
+	// Matches reports, under one lock, whether the entry before the first and all of them are the log's own, none of a later term than `term`.
+	Matches(prevIndex, prevTerm, term uint64, entries []*raft.Log) bool
+	// Payload returns the Extensions of the log's entry, which must not be changed.
+	Payload(index, term uint64) ([]byte, error)
+	// Lengths returns the length and CRC of an entry's payload from its Data.
+	Lengths(e *raft.Log) (payload int, crc uint32, err error)
+	// Base is the entry that the log begins behind.
+	Base() (index, term uint64)
+	LastIndex() (uint64, error)
+	// HoldAt keeps what lies above index for a peer.
+	HoldAt(peer string, index uint64, until time.Time)
+	// Check refuses an entry that must not be stored.
+	Check(e *raft.Log, payloadCRC uint32) error
+}
+
+// Group is what the transport needs of a group.
+type Group struct {
+	ID  uint32
+	Log Log
+	// Term is the current term of the group's raft instance; ok is false while there is none.
+	Term func() (term uint64, ok bool)
+	// Leader is the server ID that this instance follows, "" if none.
+	Leader func() string
+	// Rank orders the followers that stand for election when their leader's process has died: 0 at once.
+	Rank func() int
+	// Installed is the index at whose application the leader's snapshot (index, term) became installable.
+	Installed func(index, term uint64) uint64
+	// Install is called around the moment in which raft gets a received snapshot; hand returns raft's answer. It reports whether the snapshot was stale: that is a success.
+	Install func(index, term, installed uint64, hand func() error) (stale bool, err error)
+}
+
+// Transport is one group's raft.Transport. There is one for each raft instance.
+type Transport struct {
+	p  *Peers
+	g  Group
+	ch chan raft.RPC
+
+	closed chan struct{}
+	mu     sync.Mutex // guards ended, and adding to wg
+	ended  bool
+	wg     sync.WaitGroup
+
+	stageMu sync.Mutex
+	stage   *staging
+}
+
+var (
+	_ raft.Transport   = (*Transport)(nil)
+	_ raft.WithPreVote = (*Transport)(nil)
+	_ raft.WithClose   = (*Transport)(nil)
+)
+
+// Open returns the transport of a group. Messages for it are taken from now on.
+func (p *Peers) Open(g Group) *Transport {
+	t := &Transport{p: p, g: g, ch: make(chan raft.RPC), closed: make(chan struct{})}
+	p.mu.Lock()
+	p.groups[g.ID] = t
+	p.mu.Unlock()
+	return t
+}
+
+// Close implements raft.WithClose: what waits for raft is refused. raft calls it at the end of its shutdown; the owner may call it before, so that the shutdown waits for nobody.
+func (t *Transport) Close() error {
+	t.mu.Lock()
+	ended := t.ended
+	t.ended = true
+	t.mu.Unlock()
+	if !ended {
+		close(t.closed)
+		t.p.mu.Lock()
+		if t.p.groups[t.g.ID] == t {
+			delete(t.p.groups, t.g.ID)
+		}
+		t.p.mu.Unlock()
+		t.dropStage(nil)
+	}
+	t.wg.Wait()
+	return nil
+}
+
+// spawn runs f unless the transport is closed; Close waits for it.
+func (t *Transport) spawn(f func()) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.ended {
+		t.wg.Go(f)
+	}
+}
+
+// Consumer implements raft.Transport.
+func (t *Transport) Consumer() <-chan raft.RPC { return t.ch }
+
+// LocalAddr implements raft.Transport: an address is a server ID.
+func (t *Transport) LocalAddr() raft.ServerAddress { return raft.ServerAddress(t.p.cfg.ServerID) }
+
+// EncodePeer implements raft.Transport.
+func (t *Transport) EncodePeer(id raft.ServerID, _ raft.ServerAddress) []byte { return []byte(id) }
+
+// DecodePeer implements raft.Transport.
+func (t *Transport) DecodePeer(b []byte) raft.ServerAddress { return raft.ServerAddress(b) }
+
+// SetHeartbeatHandler implements raft.Transport by doing nothing: the fast path can lose acknowledged writes (hashicorp/raft #695).
+func (t *Transport) SetHeartbeatHandler(func(raft.RPC)) {}
+
+// ElectNow makes this instance stand for election at once. Elections are always safe; this only chooses their moment.
+func (t *Transport) ElectNow() {
+	h := raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(t.p.cfg.ServerID), Addr: []byte(t.p.cfg.ServerID)}
+	t.spawn(func() { _, _ = t.hand(nil, &raft.TimeoutNowRequest{RPCHeader: h}, nil) })
+}
+
+// leaderDied is told that a peer's process is gone.
+func (t *Transport) leaderDied(server string) {
+	if t.g.Leader() != server {
+		return
+	}
+	wait := time.Duration(t.g.Rank()) * rankStep
+	t.spawn(func() {
+		timer := time.NewTimer(wait)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+		case <-t.closed:
+			return
+		}
+		if t.g.Leader() == server {
+			t.ElectNow()
+		}
+	})
+}
+
+// hand gives raft a request and waits for its answer.
+func (t *Transport) hand(x *inbound, command any, r io.Reader) (any, error) {
+	var gone <-chan struct{}
+	if x != nil {
+		gone = x.done
+	}
+	answer := make(chan raft.RPCResponse, 1)
+	select {
+	case t.ch <- raft.RPC{Command: command, Reader: r, RespChan: answer}:
+	case <-t.closed:
+		return nil, ErrClosed
+	case <-gone:
+		return nil, errBroken
+	}
+	select {
+	case a := <-answer:
+		return a.Response, a.Error
+	case <-t.closed:
+		return nil, ErrClosed
+	}
+}
+
+func isBeat(a *raft.AppendEntriesRequest) bool {
+	return len(a.Entries) == 0 && a.PrevLogEntry == 0 && a.PrevLogTerm == 0 && a.LeaderCommitIndex == 0
+}
+
+// AppendEntries implements raft.Transport. It may shorten the request.
+func (t *Transport) AppendEntries(_ raft.ServerID, target raft.ServerAddress, a *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
+	c, err := t.prepare(string(target), a)
+	if err != nil {
+		return err
+	}
+	l, limit := t.p.link(string(target), classBulk), callTime
+	if isBeat(a) {
+		l, limit = t.p.link(string(target), classBeat), beatTime
+	}
+	b, err := l.ask(c, limit)
+	if err != nil {
+		return err
+	}
+	if err := decodeAppendAnswer(b, resp); err != nil {
+		return err
+	}
+	t.track(string(target), a, resp)
+	return nil
+}
+
+// track keeps the log for a peer that catches up.
+func (t *Transport) track(target string, a *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) {
+	last, err := t.g.Log.LastIndex()
+	switch n := len(a.Entries); {
+	case err != nil || isBeat(a):
+	case resp.Success && n > 0 && a.Entries[n-1].Index < last:
+		t.g.Log.HoldAt(target, a.Entries[n-1].Index, time.Now().Add(catchUp))
+	case !resp.Success:
+		t.g.Log.HoldAt(target, min(max(a.PrevLogEntry, 1)-1, resp.LastLog), time.Now().Add(catchUp))
+	}
+}
+
+// prepare shortens a request, checks it against the log and fetches the payloads.
+func (t *Transport) prepare(target string, a *raft.AppendEntriesRequest) (*call, error) {
+	c := &call{kind: kindAppend, group: t.g.ID}
+	crcs := make([]entryCRC, len(a.Entries))
+	size := 0
+	for i, e := range a.Entries {
+		n, crc, err := t.g.Log.Lengths(e)
+		if err != nil {
+			return nil, err
+		}
+		if i > 0 && size+len(e.Data)+n > sendMost {
+			a.Entries = a.Entries[:i] // raft counts what was sent from here
+			crcs = crcs[:i]
+			break
+		}
+		crcs[i] = entryCRC{ext: crc, extLen: uint32(n)}
+		size += len(e.Data) + n
+	}
+	if !isBeat(a) && !t.g.Log.Matches(a.PrevLogEntry, a.PrevLogTerm, a.Term, a.Entries) { // what a goroutine of a lost term has put together
+		return nil, fmt.Errorf("peer: entries behind %d of term %d are not the log's any more", a.PrevLogEntry, a.PrevLogTerm)
+	}
+	c.bulk = make(net.Buffers, 0, 2*len(a.Entries))
+	for i, e := range a.Entries {
+		crcs[i].data = crcOf(e.Data)
+		if len(e.Data) > 0 {
+			c.bulk = append(c.bulk, e.Data)
+		}
+		if crcs[i].extLen == 0 {
+			continue
+		}
+		payload, err := t.g.Log.Payload(e.Index, e.Term)
+		if err != nil {
+			return nil, fmt.Errorf("peer: payload of entry %d for %s: %w", e.Index, target, err)
+		}
+		if len(payload) != int(crcs[i].extLen) {
+			return nil, fmt.Errorf("peer: payload of entry %d has %d bytes, its header says %d", e.Index, len(payload), crcs[i].extLen)
+		}
+		c.bulk = append(c.bulk, payload)
+	}
+	c.size = size
+	c.meta = encodeAppend(a, crcs)
+	return c, nil
+}
+
+func (t *Transport) small(target raft.ServerAddress, k kind, req, resp any) error {
+	meta, err := json.Marshal(req)
+	if err != nil {
+		return err
+	}
+	b, err := t.p.link(string(target), classBeat).ask(&call{kind: k, group: t.g.ID, meta: meta}, voteTime)
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(b, resp)
+}
+
+// RequestVote implements raft.Transport.
+func (t *Transport) RequestVote(_ raft.ServerID, target raft.ServerAddress, a *raft.RequestVoteRequest, resp *raft.RequestVoteResponse) error {
+	return t.small(target, kindVote, a, resp)
+}
+
+// RequestPreVote implements raft.WithPreVote.
+func (t *Transport) RequestPreVote(_ raft.ServerID, target raft.ServerAddress, a *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
+	return t.small(target, kindPreVote, a, resp)
+}
+
+// TimeoutNow implements raft.Transport.
+func (t *Transport) TimeoutNow(_ raft.ServerID, target raft.ServerAddress, a *raft.TimeoutNowRequest, resp *raft.TimeoutNowResponse) error {
+	return t.small(target, kindTimeoutNow, a, resp)
+}
+
+// handle answers a message of a peer.
+func (t *Transport) handle(x *inbound, m *message) ([]byte, error) {
+	switch m.kind {
+	case kindAppend:
+		return t.handleAppend(x, m)
+	case kindVote:
+		return handleSmall[raft.RequestVoteRequest](t, x, m)
+	case kindPreVote:
+		return handleSmall[raft.RequestPreVoteRequest](t, x, m)
+	case kindTimeoutNow:
+		return handleSmall[raft.TimeoutNowRequest](t, x, m)
+	case kindInstall:
+		return t.handleInstall(x, m)
+	}
+	return nil, fmt.Errorf("%w: kind %d", ErrFrame, m.kind)
+}
+
+func handleSmall[R any](t *Transport, x *inbound, m *message) ([]byte, error) {
+	req := new(R)
+	if err := json.Unmarshal(m.body, req); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrFrame, err)
+	}
+	h := any(req).(raft.WithRPCHeader).GetRPCHeader()
+	if string(h.Addr) != x.from {
+		return nil, fmt.Errorf("%w: %s speaks for %s", ErrFrame, x.from, h.Addr)
+	}
+	resp, err := t.hand(x, req, nil)
+	if err != nil {
+		return nil, err
+	}
+	b, err := json.Marshal(resp)
+	return append([]byte{statusOK}, b...), err
+}
+
+func (t *Transport) handleAppend(x *inbound, m *message) ([]byte, error) {
+	a, crcs, err := decodeAppend(m.metaPart(), m.bulk())
+	if err != nil {
+		return nil, err
+	}
+	if string(a.Leader) != x.from {
+		return nil, fmt.Errorf("%w: %s speaks for %s", ErrFrame, x.from, a.Leader)
+	}
+	for i, e := range a.Entries {
+		if e.Term > a.Term {
+			return nil, fmt.Errorf("%w: entry %d of term %d in a request of term %d", ErrFrame, e.Index, e.Term, a.Term)
+		}
+		if err := t.g.Log.Check(e, crcs[i].ext); err != nil {
+			return nil, err
+		}
+	}
+	t.lift(a)
+	resp, err := t.hand(x, a, nil)
+	if err != nil {
+		return nil, err
+	}
+	r, ok := resp.(*raft.AppendEntriesResponse)
+	if !ok {
+		return nil, fmt.Errorf("peer: raft answered %T", resp)
+	}
+	return encodeAppendAnswer(r), nil
+}
+
+// lift moves a request that begins below this log's base onto the base: what lies there is committed, and any leader has it. It also holds the commit index down to what the
+// request has checked: raft commits up to min(commit index, last index), whatever lies behind the last checked entry.
+func (t *Transport) lift(a *raft.AppendEntriesRequest) {
+	if isBeat(a) {
+		return
+	}
+	if base, term := t.g.Log.Base(); a.PrevLogEntry < base {
+		for len(a.Entries) > 0 && a.Entries[0].Index <= base {
+			a.Entries = a.Entries[1:]
+		}
+		if len(a.Entries) > 0 && a.Entries[0].Index != base+1 {
+			a.Entries = nil
+		}
+		a.PrevLogEntry, a.PrevLogTerm = base, term
+	}
+	a.LeaderCommitIndex = min(a.LeaderCommitIndex, a.PrevLogEntry+uint64(len(a.Entries)))
+}
+
+// termOf answers a term question: 0 bytes if there is no instance.
+func (p *Peers) termOf(group uint32) []byte {
+	if t := p.group(group); t != nil {
+		if term, ok := t.g.Term(); ok {
+			return binary.BigEndian.AppendUint64([]byte{statusOK}, term)
+		}
+	}
+	return []byte{statusRefused}
+}
+
+func decodeTerm(b []byte) (uint64, bool) {
+	if len(b) != 8 {
+		return 0, false
+	}
+	return binary.BigEndian.Uint64(b), true
+}
+
+func cutServer(id string) (node, incarnation string, ok bool) { return strings.Cut(id, ".") }
+
+// future is a pipelined append.
+type future struct {
+	began time.Time
+	req   *raft.AppendEntriesRequest
+	resp  *raft.AppendEntriesResponse
+	size  int
+	err   error
+	done  chan struct{}
+}
+
+func (f *future) Error() error                          { <-f.done; return f.err }
+func (f *future) Start() time.Time                      { return f.began }
+func (f *future) Request() *raft.AppendEntriesRequest   { return f.req }
+func (f *future) Response() *raft.AppendEntriesResponse { return f.resp }
+
+// pipeline never blocks for ever: after an error or an answer without success everything that is pending or comes later fails.
+type pipeline struct {
+	t      *Transport
+	target string
+	l      *link
+	out    chan raft.AppendFuture
+
+	mu     sync.Mutex
+	cond   *sync.Cond
+	calls  int // not answered yet
+	bytes  int
+	failed bool
+}
+
+// AppendEntriesPipeline implements raft.Transport.
+func (t *Transport) AppendEntriesPipeline(_ raft.ServerID, target raft.ServerAddress) (raft.AppendPipeline, error) {
+	p := &pipeline{t: t, target: string(target), l: t.p.link(string(target), classBulk), out: make(chan raft.AppendFuture, 4*windowCalls)}
+	p.cond = sync.NewCond(&p.mu)
+	return p, nil
+}
+
+// Consumer implements raft.AppendPipeline.
+func (p *pipeline) Consumer() <-chan raft.AppendFuture { return p.out }
+
+// Close implements raft.AppendPipeline.
+func (p *pipeline) Close() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.failed = true
+	p.cond.Broadcast()
+	return nil
+}
+
+// AppendEntries implements raft.AppendPipeline. It waits while the window is full.
+func (p *pipeline) AppendEntries(a *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) (raft.AppendFuture, error) {
+	c, err := p.t.prepare(p.target, a)
+	if err != nil {
+		return nil, err
+	}
+	f := &future{began: time.Now(), req: a, resp: resp, size: c.size + len(c.meta), done: make(chan struct{})}
+	p.mu.Lock()
+	for !p.failed && p.calls > 0 && (p.calls >= windowCalls || p.bytes+f.size > windowBytes) {
+		p.cond.Wait()
+	}
+	if p.failed {
+		p.mu.Unlock()
+		return nil, raft.ErrPipelineShutdown
+	}
+	p.calls++
+	p.bytes += f.size
+	p.mu.Unlock()
+	c.done = func(b []byte, err error) { p.answered(f, b, err) }
+	p.l.submit(c, callTime)
+	return f, nil
+}
+
+// answered ends a future. It is called in the order of the requests, as long as nothing has failed.
+func (p *pipeline) answered(f *future, b []byte, err error) {
+	p.t.p.observe(p.target, kindAppend, f.began, err)
+	p.mu.Lock()
+	if err == nil && p.failed {
+		err = raft.ErrPipelineShutdown
+	}
+	if err == nil {
+		err = decodeAppendAnswer(b, f.resp)
+	}
+	if err != nil || !f.resp.Success {
+		p.failed = true
+	}
+	f.err = err
+	p.calls--
+	p.bytes -= f.size
+	p.cond.Broadcast()
+	p.mu.Unlock()
+	if err == nil {
+		p.t.track(p.target, f.req, f.resp)
+	}
+	close(f.done)
+	select {
+	case p.out <- f:
+	case <-p.t.closed:
+	default:
+		p.mu.Lock() // raft does not take what is done: it has left the pipeline
+		p.failed = true
+		p.cond.Broadcast()
+		p.mu.Unlock()
+	}
+}
