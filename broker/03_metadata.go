@@ -104,7 +104,7 @@ func (r *request) resolve(m *topicMeta, create bool) {
 func (r *request) autoCreate(m *topicMeta) int16 {
 	ctx, cancel := r.timeout(5 * time.Second)
 	defer cancel()
-	t, err := r.s.createTopic(ctx, raftmeta.TopicSpec{Name: m.name, Partitions: r.s.cfg.NumPartitions, ReplicationFactor: 1})
+	t, err := r.s.createTopic(ctx, raftmeta.TopicSpec{Name: m.name, Partitions: r.s.cfg.NumPartitions, ReplicationFactor: -1})
 	switch {
 	case err == nil:
 		m.t, m.id = t, t.ID
@@ -181,7 +181,8 @@ func (r *request) encodePartition(w *writer, t *state.Topic, p int32, replicas [
 	code, leader, epoch := codeNone, int32(-1), int32(-1)
 	if node, ok := r.s.b.Leader(t.Partitions[p].Shard); ok {
 		leader = node
-		if info, err := r.s.b.Partition(record.TopicPartition{Topic: t.ID, Partition: p}); err == nil {
+		info, err := r.s.b.Partition(record.TopicPartition{Topic: t.ID, Partition: p})
+		if err == nil || errors.Is(err, raftmeta.ErrNotLeader) { // the epoch is known here too
 			epoch = int32(info.LeaderEpoch)
 		}
 	} else {

@@ -25,6 +25,7 @@ func insecure() *http.Transport {
 // Node is an Estran voter that runs as a process.
 type Node struct {
 	Kafka, HTTP string // addresses, known when it is ready
+	Peer        string // of the peer listener; "127.0.0.1:0" unless it is one of several voters
 	PID         int
 	// Log receives every line that the process writes; it may be nil.
 	Log func(line string)
@@ -53,7 +54,7 @@ func Build(ctx context.Context, dir, out string, flags ...string) (string, error
 
 // NewNode describes a voter with its data in dir. args are added to `estran serve`, env to the environment.
 func NewNode(program, dir string, env []string, args ...string) *Node {
-	return &Node{program: program, dir: dir, env: env, Kafka: "127.0.0.1:0", args: args}
+	return &Node{program: program, dir: dir, env: env, Kafka: "127.0.0.1:0", Peer: "127.0.0.1:0", args: args}
 }
 
 // ready is the log line that says a node serves.
@@ -63,7 +64,7 @@ type ready struct {
 
 // Start starts the process and returns when it serves. A later Start uses the same Kafka port.
 func (n *Node) Start(ctx context.Context) error {
-	args := append([]string{"serve", "--data-dir", n.dir, "--kafka-listen", n.Kafka, "--http-listen", "127.0.0.1:0", "--peer-listen", "127.0.0.1:0"}, n.args...)
+	args := append([]string{"serve", "--data-dir", n.dir, "--kafka-listen", n.Kafka, "--http-listen", "127.0.0.1:0", "--peer-listen", n.Peer}, n.args...)
 	n.cmd = exec.Command(n.program, args...)
 	n.cmd.Env = append(os.Environ(), n.env...)
 	pipe, err := n.cmd.StderrPipe()

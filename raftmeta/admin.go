@@ -39,7 +39,7 @@ func code(c state.Code) error {
 
 // decide commits a command of meta and waits until the shards have applied what follows from it.
 func (h *Host) decide(ctx context.Context, c state.Command) (state.Result, error) {
-	r, err := h.meta.propose(ctx, c)
+	r, err := h.propose(ctx, h.meta, c)
 	if err != nil {
 		return r, err
 	}
@@ -111,7 +111,7 @@ func (h *Host) AllocateProducerID(ctx context.Context) (record.ProducerID, error
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.next == p.end {
-		r, err := h.meta.propose(ctx, state.AllocateProducerIDs{Count: producerIDBlock})
+		r, err := h.propose(ctx, h.meta, state.AllocateProducerIDs{Count: producerIDBlock})
 		if err != nil {
 			return -1, err
 		}

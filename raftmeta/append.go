@@ -19,7 +19,7 @@ func (h *Host) Append(ctx context.Context, r AppendRequest, done func([]AppendRe
 	cancel := context.CancelFunc(func() {})
 	limited := ctx
 	for i, b := range r.Batches {
-		err := h.marks.check(b)
+		err := h.marks.check(b, h.lastSequence)
 		if err == nil {
 			if limited == ctx && !r.Deadline.IsZero() {
 				limited, cancel = context.WithDeadline(ctx, r.Deadline)
@@ -35,6 +35,17 @@ func (h *Host) Append(ctx context.Context, r AppendRequest, done func([]AppendRe
 	}
 	cancel()
 	call.finish(1)
+}
+
+// lastSequence is the last that was accepted from the batch's producer, as far as it is applied here.
+func (h *Host) lastSequence(b *AppendBatch) (record.Sequence, bool) {
+	g := h.groupOf(b.TP)
+	if g == nil {
+		return 0, false
+	}
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return g.shard.LastSequence(b.TP, b.Batch.ProducerID(), b.Batch.ProducerEpoch())
 }
 
 func (h *Host) appendOne(ctx context.Context, b AppendBatch, call *appendCall, at int) error {
@@ -126,8 +137,8 @@ type mark struct {
 	at       time.Time
 }
 
-// check returns the error of an earlier refusal unless b is the batch that was refused.
-func (k *marks) check(b AppendBatch) error {
+// check returns the error of an earlier refusal unless b is the batch that was refused, or that one has been accepted since: here or, while another node led, there.
+func (k *marks) check(b AppendBatch, accepted func(*AppendBatch) (record.Sequence, bool)) error {
 	if b.Batch.ProducerID() < 0 {
 		return nil
 	}
@@ -142,6 +153,10 @@ func (k *marks) check(b AppendBatch) error {
 	case !ok:
 		return nil
 	case m.sequence == b.Batch.BaseSequence() || time.Since(m.at) > markLife:
+		delete(k.m, key)
+		return nil
+	}
+	if last, ok := accepted(&b); ok && int32(last)-int32(m.sequence) >= 0 { // sequences wrap
 		delete(k.m, key)
 		return nil
 	}

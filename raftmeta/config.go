@@ -33,6 +33,10 @@ type Config struct {
 	LocalRetentionBytes int64
 	// OffsetsRetention: offsets of a group that has been empty for longer are dropped; 0 = never.
 	OffsetsRetention time.Duration
+	// Voters are the nodes of the quorum, this one among them; none or one = this node alone. A new cluster is made of exactly these.
+	Voters []Voter
+	// Secret authenticates voters to one another. Without one the peer listener must be on loopback.
+	Secret []byte
 	// PeerListener takes connections of other nodes; nil = none. Close closes it.
 	PeerListener net.Listener
 
@@ -50,6 +54,12 @@ type Config struct {
 	FileBytes int64
 	TailBytes int64
 	Now       func() time.Time
+}
+
+// Voter is a node of the quorum and where its peers reach it.
+type Voter struct {
+	ID   int32
+	Addr string
 }
 
 const (
@@ -72,6 +82,16 @@ func (c *Config) validate() error {
 	}
 	if c.Shards < 1 {
 		errs = append(errs, fmt.Errorf("raftmeta: %d shards", c.Shards))
+	}
+	seen := map[int32]bool{}
+	for _, v := range c.Voters {
+		if v.ID < 1 || seen[v.ID] {
+			errs = append(errs, fmt.Errorf("raftmeta: voter ID %d is not positive or there twice", v.ID))
+		}
+		seen[v.ID] = true
+	}
+	if len(c.Voters) > 0 && !seen[c.NodeID] {
+		errs = append(errs, fmt.Errorf("raftmeta: node %d is not among the voters", c.NodeID))
 	}
 	if c.HotMaxBytes < 1<<20 {
 		errs = append(errs, fmt.Errorf("raftmeta: hot budget of %d bytes", c.HotMaxBytes))

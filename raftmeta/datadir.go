@@ -24,18 +24,22 @@ const (
 	identityVersion = 1
 )
 
-// identity is who the data directory belongs to. It is written once.
+// identity is who the data directory belongs to. The incarnation is drawn once; the rest is added as the node finds its cluster and opens its groups.
 type identity struct {
 	Version     int
-	ClusterID   string
+	ClusterID   string // "" until the cluster is known
 	NodeID      int32
 	Incarnation string
+	// Founders are the server IDs of the cluster's first voters: only they write a group's first configuration.
+	Founders []string `json:",omitempty"`
+	// Groups have been opened here: one of these that is empty has lost its votes.
+	Groups []uint32 `json:",omitempty"`
 }
 
 func (i identity) serverID() string { return fmt.Sprintf("%d.%s", i.NodeID, i.Incarnation) }
 
 // openDataDir locks the directory and reads or makes its identity; fresh tells which.
-func openDataDir(dir string, nodeID int32) (id identity, lock *os.File, fresh bool, err error) {
+func openDataDir(dir string, nodeID int32, alone bool) (id identity, lock *os.File, fresh bool, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return id, nil, false, err
 	}
@@ -46,14 +50,14 @@ func openDataDir(dir string, nodeID int32) (id identity, lock *os.File, fresh bo
 	if err := lockFile(lock); err != nil {
 		return id, nil, false, errors.Join(fmt.Errorf("%s: %w", dir, ErrLocked), lock.Close())
 	}
-	id, fresh, err = readIdentity(dir, nodeID)
+	id, fresh, err = readIdentity(dir, nodeID, alone)
 	if err != nil {
 		return id, nil, false, errors.Join(err, lock.Close())
 	}
 	return id, lock, fresh, nil
 }
 
-func readIdentity(dir string, nodeID int32) (id identity, fresh bool, err error) {
+func readIdentity(dir string, nodeID int32, alone bool) (id identity, fresh bool, err error) {
 	path := filepath.Join(dir, identityFile)
 	b, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
@@ -66,7 +70,10 @@ func readIdentity(dir string, nodeID int32) (id identity, fresh bool, err error)
 				return id, false, fmt.Errorf("%s holds %q but no %s: %w", dir, n, identityFile, ErrForeign)
 			}
 		}
-		id = identity{Version: identityVersion, ClusterID: base64.RawURLEncoding.EncodeToString(random(16)), NodeID: nodeID, Incarnation: hex.EncodeToString(random(8))}
+		id = identity{Version: identityVersion, NodeID: nodeID, Incarnation: hex.EncodeToString(random(8))}
+		if alone {
+			id.ClusterID, id.Founders = base64.RawURLEncoding.EncodeToString(random(16)), []string{id.serverID()}
+		}
 		return id, true, writeIdentity(path, id)
 	}
 	if err != nil {
@@ -80,6 +87,9 @@ func readIdentity(dir string, nodeID int32) (id identity, fresh bool, err error)
 	}
 	if id.NodeID != nodeID {
 		return id, false, fmt.Errorf("%s belongs to node %d, this is node %d: %w", dir, id.NodeID, nodeID, ErrForeign)
+	}
+	if len(id.Founders) == 0 && id.ClusterID != "" { // written before founders were
+		id.Founders = []string{id.serverID()}
 	}
 	return id, false, nil
 }

@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/estran/estran/raftmeta/peer"
 	"github.com/estran/estran/raftmeta/raftlog"
 	"github.com/estran/estran/raftmeta/state"
 	"github.com/estran/estran/tiering/record"
@@ -55,7 +56,8 @@ type group struct {
 	stable  *raftlog.Stable
 	snaps   *raftlog.Snapshots
 	raft    *raft.Raft
-	trans   *loner
+	live    atomic.Pointer[raft.Raft] // raft, once it is open: for what its transport asks
+	trans   *peer.Transport
 	batcher *batcher
 	clock   *clock
 	metrics *groupMetrics
@@ -98,13 +100,20 @@ func openGroup(h *Host, id record.ShardID, dir string) (*group, error) {
 	if err := g.openStores(dir); err != nil {
 		return nil, errors.Join(err, g.closeStores())
 	}
+	last, err := g.log.LastIndex()
+	if err != nil {
+		return nil, errors.Join(err, g.closeStores())
+	}
+	fresh := last == 0
 	if err := g.openRaft(); err != nil {
 		return nil, errors.Join(err, g.closeStores())
 	}
 	g.wg.Go(g.batcher.run)
 	g.wg.Go(g.leadership)
 	g.wg.Go(g.snapshotLoop)
-	g.trans.electNow()
+	if g.host.cfg.alone() || fresh && g.preferred() == g.host.identity.serverID() {
+		g.trans.ElectNow() // nobody else stands, or should: no timer need run out
+	}
 	return g, nil
 }
 
@@ -153,7 +162,7 @@ func (g *group) closeStores() error {
 
 func (g *group) openRaft() error {
 	id := g.host.identity.serverID()
-	g.trans = newLoner(id)
+	g.trans = g.host.peers.Open(g.transportGroup())
 	cfg := raft.DefaultConfig()
 	cfg.LocalID = raft.ServerID(id)
 	cfg.HeartbeatTimeout, cfg.ElectionTimeout, cfg.LeaderLeaseTimeout = raftTimeout, raftTimeout, raftTimeout
@@ -162,20 +171,15 @@ func (g *group) openRaft() error {
 	cfg.NotifyCh = g.notify
 	cfg.NoLegacyTelemetry = true
 	cfg.Logger = newHclog(g.log_)
-	has, err := raft.HasExistingState(g.log, g.stable, g.snaps.All())
+	err := g.bootstrap(cfg)
 	if err != nil {
-		return fmt.Errorf("raftmeta: %w", err)
-	}
-	if !has {
-		first := raft.Configuration{Servers: []raft.Server{{Suffrage: raft.Voter, ID: raft.ServerID(id), Address: raft.ServerAddress(id)}}}
-		if err := raft.BootstrapCluster(cfg, g.log, g.stable, g.snaps.All(), g.trans, first); err != nil {
-			return fmt.Errorf("raftmeta: bootstrapping group %d: %w", g.id, err)
-		}
+		return errors.Join(err, g.trans.Close())
 	}
 	g.raft, err = raft.NewRaft(cfg, &fsm{g}, g.log, g.stable, g.snaps.Store(), g.trans)
 	if err != nil {
-		return fmt.Errorf("raftmeta: opening group %d: %w", g.id, err)
+		return errors.Join(fmt.Errorf("raftmeta: opening group %d: %w", g.id, err), g.trans.Close())
 	}
+	g.live.Store(g.raft)
 	return nil
 }
 
@@ -236,10 +240,16 @@ func (g *group) lead(ctx context.Context, term uint64) {
 	}
 	select {
 	case <-g.host.opened: // what a leader does may look at the other groups
-		g.host.cfg.OnLead(ctx, g.id)
 	case <-ctx.Done():
+		return
 	}
+	var wg sync.WaitGroup
+	if !g.host.cfg.alone() {
+		wg.Go(func() { g.balance(ctx) })
+	}
+	g.host.cfg.OnLead(ctx, g.id)
 	<-ctx.Done()
+	wg.Wait()
 }
 
 // propose commits one command and returns its result.
@@ -278,7 +288,7 @@ func (g *group) appendResult(r state.AppendResult) AppendResult {
 func (g *group) close() error {
 	close(g.stop)
 	g.batcher.close()
-	err := g.raft.Shutdown().Error()
+	err := errors.Join(g.trans.Close(), g.raft.Shutdown().Error()) // the transport first: raft waits for its calls
 	g.wg.Wait()
 	return errors.Join(err, g.closeStores())
 }

@@ -8,10 +8,12 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/estran/estran/raftmeta/peer"
 	"github.com/estran/estran/raftmeta/state"
 	"github.com/estran/estran/tiering/record"
 )
@@ -21,7 +23,7 @@ type Host struct {
 	cfg        Config
 	identity   identity
 	lock       *os.File
-	peers      *peerServer
+	peers      *peer.Peers
 	metrics    *metrics
 	cluster    atomic.Pointer[state.Cluster]
 	meta       *group
@@ -48,9 +50,12 @@ func Open(ctx context.Context, cfg Config) (*Host, error) {
 	h := &Host{cfg: cfg, stop: make(chan struct{}), opened: make(chan struct{}), poked: make(chan struct{}), shardCount: int(cfg.Shards)}
 	var err error
 	var fresh bool
-	h.identity, h.lock, fresh, err = openDataDir(cfg.DataDir, cfg.NodeID)
+	h.identity, h.lock, fresh, err = openDataDir(cfg.DataDir, cfg.NodeID, cfg.alone())
 	if err != nil {
 		return nil, err
+	}
+	if err := h.checkFounders(); err != nil {
+		return nil, errors.Join(err, h.lock.Close())
 	}
 	h.metrics = newMetrics(h)
 	h.cluster.Store(state.NewMeta().View())
@@ -65,16 +70,28 @@ func Open(ctx context.Context, cfg Config) (*Host, error) {
 }
 
 func (h *Host) open(ctx context.Context) error {
-	var err error
+	err := h.openPeers()
+	if err != nil {
+		return err
+	}
+	if h.identity.ClusterID == "" {
+		if err := h.found(ctx); err != nil {
+			return err
+		}
+	}
 	if h.meta, err = openGroup(h, 0, filepath.Join(h.cfg.DataDir, "meta")); err != nil {
 		return err
 	}
-	if err := h.await(ctx, "meta to have a leader", func() bool { return h.meta.leads.Load() > 0 }); err != nil {
+	if err := h.await(ctx, "meta to have a leader", func() bool { return h.meta.leads.Load() > 0 || h.Cluster().ID != "" }); err != nil {
 		return err
 	}
-	if h.Cluster().ID == "" {
-		if _, err := h.meta.propose(ctx, state.InitCluster{ClusterID: h.identity.ClusterID, Shards: h.cfg.Shards}); err != nil {
+	for h.Cluster().ID == "" { // whoever leads says so; a leader that is deposed meanwhile leaves it to the next
+		_, err := h.meta.propose(ctx, state.InitCluster{ClusterID: h.identity.ClusterID, Shards: h.cfg.Shards})
+		if err != nil && !errors.Is(err, ErrNotLeader) && !errors.Is(err, ErrUnknownOutcome) || ctx.Err() != nil {
 			return fmt.Errorf("initializing the cluster: %w", err)
+		}
+		if err := h.await(ctx, "the cluster to be initialized", func() bool { return h.meta.leads.Load() > 0 || h.Cluster().ID != "" }); err != nil {
+			return err
 		}
 	}
 	c := h.Cluster()
@@ -83,7 +100,7 @@ func (h *Host) open(ctx context.Context) error {
 	}
 	self := state.Node{ID: h.cfg.NodeID, Incarnation: h.identity.Incarnation, Host: h.cfg.Host, Port: h.cfg.Port, Rack: h.cfg.Rack}
 	if old, ok := c.Node(self.ID); !ok || old != self {
-		if _, err := h.meta.propose(ctx, state.RegisterNode{Node: self}); err != nil {
+		if _, err := h.propose(ctx, h.meta, state.RegisterNode{Node: self}); err != nil {
 			return fmt.Errorf("registering the node: %w", err)
 		}
 	}
@@ -100,12 +117,9 @@ func (h *Host) open(ctx context.Context) error {
 	}
 	close(h.opened)
 	h.wg.Go(h.outboxLoop)
-	if h.cfg.PeerListener != nil {
-		h.peers = servePeers(h.cfg.PeerListener, hello{Cluster: c.ID, Server: h.identity.serverID()}, h.cfg.Logger)
-	}
 	return h.await(ctx, "every shard to have a leader", func() bool {
 		for _, g := range h.shards {
-			if g.leads.Load() == 0 {
+			if _, ok := h.Leader(g.id); !ok {
 				return false
 			}
 		}
@@ -149,17 +163,23 @@ func (h *Host) Close(context.Context) error {
 		close(h.stop)
 	}
 	h.wg.Wait()
-	var errs []error
-	if h.peers != nil {
-		errs = append(errs, h.peers.close())
-	} else if h.cfg.PeerListener != nil {
-		errs = append(errs, h.cfg.PeerListener.Close())
+	for _, g := range append(slices.Clone(h.shards), h.meta) {
+		if g != nil {
+			g.handOver(handOverTime)
+		}
 	}
+	var errs []error
 	for _, g := range h.shards {
 		errs = append(errs, g.close())
 	}
 	if h.meta != nil {
 		errs = append(errs, h.meta.close())
+	}
+	switch {
+	case h.peers != nil:
+		errs = append(errs, h.peers.Close())
+	case h.cfg.PeerListener != nil:
+		errs = append(errs, h.cfg.PeerListener.Close())
 	}
 	var lock io.Closer = h.lock
 	return errors.Join(append(errs, lock.Close())...)
@@ -208,13 +228,26 @@ func (h *Host) Partition(tp record.TopicPartition) (state.PartitionInfo, error) 
 	return info, nil
 }
 
-// Leader returns the node that leads a shard; ok is false while none is known.
+// Leader returns the node that leads a shard; ok is false while none is known. A leader is known once its LeaderStart has been applied here and raft follows it.
 func (h *Host) Leader(s record.ShardID) (node int32, ok bool) {
 	g := h.shardByID(s)
-	if g == nil || g.leads.Load() == 0 {
+	if g == nil {
 		return -1, false
 	}
-	return h.cfg.NodeID, true
+	if g.leads.Load() > 0 {
+		return h.cfg.NodeID, true
+	}
+	if h.cfg.alone() {
+		return -1, false
+	}
+	follows := nodeOf(g.leaderServer())
+	g.mu.RLock()
+	started := g.machine.leader().Node
+	g.mu.RUnlock()
+	if follows == 0 || follows == h.cfg.NodeID || follows != started {
+		return -1, false
+	}
+	return follows, true
 }
 
 // EpochEnd answers OffsetForLeaderEpoch (KIP-320).
@@ -229,9 +262,9 @@ func (h *Host) EpochEnd(tp record.TopicPartition, epoch record.LeaderEpoch) (rec
 	return e, end, nil
 }
 
-// Prove returns when this node has shown that it still leads the shard and that everything acknowledged before the call is applied here. With
-// one voter its own term is the majority; the conditions are those of the read index: the instance leads in T, has applied its LeaderStart of T,
-// the commit index is taken after the call began, and the instance is still the same afterwards.
+// Prove returns when this node has shown that it still leads the shard and that everything acknowledged before the call is applied here: the read index. The instance
+// leads in T and has applied its LeaderStart of T; the commit index is taken after the call began; a majority of the voters, each asked after the call began, is at T
+// or below; and the instance still leads in T afterwards.
 func (h *Host) Prove(ctx context.Context, s record.ShardID) error {
 	g := h.shardByID(s)
 	if g == nil {
@@ -242,6 +275,9 @@ func (h *Host) Prove(ctx context.Context, s record.ShardID) error {
 		return ErrNotLeader
 	}
 	commit := g.raft.CommitIndex()
+	if err := h.majority(ctx, g, term); err != nil {
+		return err
+	}
 	// Not raft's AppliedIndex: raft moves it after ApplyBatch, where await is woken, and nothing would ask again.
 	if err := h.await(ctx, "the commit index to be applied", func() bool { return g.applied.Load() >= commit }); err != nil {
 		return err
@@ -252,10 +288,37 @@ func (h *Host) Prove(ctx context.Context, s record.ShardID) error {
 	return nil
 }
 
+// majority asks the voters for their terms until most have none above `term`.
+func (h *Host) majority(ctx context.Context, g *group, term uint64) error {
+	if h.cfg.alone() {
+		return nil
+	}
+	self := h.identity.serverID()
+	voters := g.voters()
+	others := slices.DeleteFunc(slices.Clone(voters), func(s string) bool { return s == self })
+	need := len(voters)/2 + 1
+	agree := func(terms []uint64) int {
+		n := len(voters) - len(others) // this node
+		for _, t := range terms {
+			if t <= term {
+				n++
+			}
+		}
+		return n
+	}
+	if terms := h.peers.Terms(ctx, uint32(g.id), others, func(t []uint64) bool { return agree(t) >= need }); agree(terms) < need {
+		return fmt.Errorf("%w: %d of %d voters confirm term %d", ErrNotLeader, agree(terms), len(voters), term)
+	}
+	return nil
+}
+
 // slotOf is the slot of a group or transactional ID.
 func slotOf(id string) uint8 {
 	return uint8(crc32.Checksum([]byte(id), crc32.MakeTable(crc32.Castagnoli)))
 }
+
+// handOverTime bounds how long a node that goes waits for somebody to take a group's leadership.
+const handOverTime = time.Second
 
 // budgetWait bounds how long an append waits for the budget before it is refused.
 const budgetWait = 2 * time.Second

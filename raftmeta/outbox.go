@@ -2,6 +2,7 @@ package raftmeta
 
 import (
 	"context"
+	"time"
 
 	"github.com/estran/estran/raftmeta/state"
 	"github.com/estran/estran/tiering/record"
@@ -9,6 +10,12 @@ import (
 
 // effectsMax bounds the effects of one proposal.
 const effectsMax = 4096
+
+const (
+	// trimAhead effects may stay in the outbox while meta is led elsewhere.
+	trimAhead = 64
+	trimTime  = 2 * time.Second
+)
 
 // outboxLoop carries meta's effects to the shards that this node leads, and trims what they have applied.
 func (h *Host) outboxLoop() {
@@ -53,11 +60,13 @@ func (h *Host) push(ctx context.Context, g *group) error {
 		cursor = first + uint64(len(effects)) - 1
 		h.poke()
 	}
-	if cursor >= start && start > 0 && h.meta.leads.Load() > 0 {
-		_, err := h.meta.propose(ctx, state.TrimOutbox{Shard: g.id, To: cursor})
-		return err
+	if cursor < start || start == 0 || h.meta.leads.Load() == 0 && cursor-start < trimAhead { // another node's meta is not asked for every one
+		return nil
 	}
-	return nil
+	ctx, cancel := context.WithTimeout(ctx, trimTime)
+	defer cancel()
+	_, err := h.propose(ctx, h.meta, state.TrimOutbox{Shard: g.id, To: cursor})
+	return err
 }
 
 // settle waits until every shard has applied what meta decided up to now.

@@ -14,6 +14,8 @@ import (
 
 	"github.com/dustin/go-humanize"
 	"github.com/goccy/go-yaml"
+
+	"github.com/estran/estran/raftmeta"
 )
 
 // byteSize is a size in bytes; in YAML and in the environment it is written as 8GiB, 64MiB or a plain number.
@@ -71,7 +73,9 @@ type config struct {
 		} `yaml:"peer"`
 	} `yaml:"listeners"`
 	Quorum struct {
-		Shards int `yaml:"shards"`
+		Voters     []string `yaml:"voters"`
+		SecretFile string   `yaml:"secret_file"`
+		Shards     int      `yaml:"shards"`
 	} `yaml:"quorum"`
 	Storage struct {
 		URL string `yaml:"url"`
@@ -324,6 +328,14 @@ func setField(v reflect.Value, text string) error {
 	case *string:
 		*p = text
 		return nil
+	case *[]string:
+		*p = nil
+		for part := range strings.SplitSeq(text, ",") {
+			if part = strings.TrimSpace(part); part != "" {
+				*p = append(*p, part)
+			}
+		}
+		return nil
 	case *int:
 		n, err := strconv.Atoi(text)
 		*p = n
@@ -357,6 +369,16 @@ func (c *config) validate() error {
 	}
 	if c.Quorum.Shards < 1 || c.Quorum.Shards > 64 {
 		bad("quorum.shards", "%d is not between 1 and 64", c.Quorum.Shards)
+	}
+	if voters, err := c.voters(); err != nil {
+		bad("quorum.voters", "%v", err)
+	} else if len(voters) > 1 {
+		if !slices.ContainsFunc(voters, func(v raftmeta.Voter) bool { return v.ID == c.Node.ID }) {
+			bad("quorum.voters", "node %d (node.id) is not among them", c.Node.ID)
+		}
+		if c.Storage.URL == "" || strings.HasPrefix(c.Storage.URL, "mem:") {
+			bad("storage.url", "several voters need a store that all of them reach: s3://… or, on one machine, file://…")
+		}
 	}
 	for _, l := range []struct{ key, addr string }{{"listeners.kafka.listen", c.Listeners.Kafka.Listen},
 		{"listeners.http.listen", c.Listeners.HTTP.Listen}, {"listeners.peer.listen", c.Listeners.Peer.Listen}} {
@@ -401,6 +423,41 @@ func (c *config) validate() error {
 	errs = append(errs, c.validateKafka()...)
 	return errors.Join(errs...)
 }
+
+// voters are the nodes of the quorum; none = this node alone.
+func (c *config) voters() (out []raftmeta.Voter, err error) {
+	for _, v := range c.Quorum.Voters {
+		id, addr, ok := strings.Cut(v, "@")
+		n, perr := strconv.ParseInt(id, 10, 32)
+		_, _, aerr := net.SplitHostPort(addr)
+		if !ok || perr != nil || n < 1 || aerr != nil {
+			return nil, fmt.Errorf("%q is not ID@HOST:PORT", v)
+		}
+		if slices.ContainsFunc(out, func(o raftmeta.Voter) bool { return o.ID == int32(n) || o.Addr == addr }) {
+			return nil, fmt.Errorf("%q is there twice", v)
+		}
+		out = append(out, raftmeta.Voter{ID: int32(n), Addr: addr})
+	}
+	return out, nil
+}
+
+// secret is what voters prove to one another; nil if none is configured.
+func (c *config) secret() ([]byte, error) {
+	if c.Quorum.SecretFile == "" {
+		return nil, nil
+	}
+	b, err := os.ReadFile(c.Quorum.SecretFile)
+	if err == nil && len(strings.TrimSpace(string(b))) < secretMin {
+		err = fmt.Errorf("%s holds fewer than %d characters", c.Quorum.SecretFile, secretMin)
+	}
+	if err != nil {
+		return nil, &fault{Code: "E_QUORUM_SECRET", Exit: exitUsage, Err: err, What: fmt.Sprintf("quorum.secret_file (from %s): %v", c.from("quorum.secret_file"), err),
+			Fix: "openssl rand -hex 32 > FILE, the same file on every voter"}
+	}
+	return []byte(strings.TrimSpace(string(b))), nil
+}
+
+const secretMin = 16
 
 func cause(err error) error {
 	if e, ok := errors.AsType[*os.PathError](err); ok {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/estran/estran/objstore"
 	"github.com/estran/estran/raftmeta"
+	"github.com/estran/estran/raftmeta/peer"
 	"github.com/estran/estran/raftmeta/raftlog"
 )
 
@@ -49,6 +50,23 @@ func storeFault(cfg *config, err error) error {
 		return say("E_STORE_UNSUPPORTED", "lacks what is needed", "use a store with conditional PUT (If-None-Match) and ranged GET")
 	case errors.Is(err, errBucketForeign):
 		return say("E_STORE_FOREIGN", "belongs to another cluster or a newer version", "use another bucket or prefix")
+	}
+	return f
+}
+
+// quorumFault explains why a node found no place among the voters; other errors are about its data directory.
+func quorumFault(cfg *config, err error) error {
+	f := &fault{Err: err, What: fmt.Sprintf("quorum.voters (from %s): %s", cfg.from("quorum.voters"), oneLine(err))}
+	switch {
+	case errors.Is(err, peer.ErrOpen):
+		f.Code, f.Fix = "E_PEER_OPEN", "set quorum.secret_file, or listen on loopback with listeners.peer.listen"
+		f.What = fmt.Sprintf("listeners.peer.listen (from %s): anybody who reaches %s could speak for a voter", cfg.from("listeners.peer.listen"), cfg.Listeners.Peer.Listen)
+	case errors.Is(err, peer.ErrStranger):
+		f.Code, f.Fix = "E_PEER_STRANGER", "give every voter the same quorum.secret_file, and check the addresses"
+	case errors.Is(err, raftmeta.ErrTimeout), errors.Is(err, context.Canceled):
+		f.Code, f.Fix = "E_QUORUM_WAIT", "start the other voters; check their addresses"
+	default:
+		return dataDirFault(cfg, err)
 	}
 	return f
 }

@@ -120,6 +120,14 @@ func (n *node) hasData() bool {
 
 func (n *node) openHost(ctx context.Context, reg prometheus.Registerer) error {
 	host, port := n.advertised()
+	voters, err := n.cfg.voters()
+	if err != nil {
+		return err
+	}
+	secret, err := n.cfg.secret()
+	if err != nil {
+		return err
+	}
 	peer, err := listen(n.cfg, "listeners.peer.listen", "--peer-listen")
 	if err != nil {
 		return err
@@ -131,10 +139,10 @@ func (n *node) openHost(ctx context.Context, reg prometheus.Registerer) error {
 	bc, _ := n.cfg.brokerConfig()
 	h, err := raftmeta.Open(ctx, raftmeta.Config{NodeID: n.cfg.Node.ID, DataDir: n.cfg.Node.DataDir, Host: host, Port: port, Rack: n.cfg.Node.Rack,
 		Shards: uint32(n.cfg.Quorum.Shards), HotMaxBytes: int64(n.cfg.Hot.MaxBytes), LocalRetentionBytes: int64(n.cfg.Tiering.LocalRetentionBytes),
-		OffsetsRetention: bc.OffsetsRetention, PeerListener: peer, Logger: n.log, Registerer: reg, OnLead: n.lead, OnFatal: n.stopNow, StoreTime: storeTime})
+		OffsetsRetention: bc.OffsetsRetention, Voters: voters, Secret: secret, PeerListener: peer, Logger: n.log, Registerer: reg, OnLead: n.lead, OnFatal: n.stopNow, StoreTime: storeTime})
 	if err != nil {
 		_ = peer.Close() // Open may have closed it
-		return dataDirFault(n.cfg, err)
+		return quorumFault(n.cfg, err)
 	}
 	n.host = h
 	return nil

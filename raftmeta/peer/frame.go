@@ -24,12 +24,13 @@ const (
 	kindTimeoutNow kind = 4
 	kindInstall    kind = 5
 	kindTerm       kind = 6
-	kindLast            = kindTerm
+	kindForward    kind = 7
+	kindLast            = kindForward
 )
 
 // String returns the label of the metrics.
 func (k kind) String() string {
-	return [...]string{"", "append", "vote", "prevote", "timeout_now", "install", "term"}[k]
+	return [...]string{"", "append", "vote", "prevote", "timeout_now", "install", "term", "forward"}[k]
 }
 
 const (

@@ -2,6 +2,7 @@ package peer
 
 import (
 	"bytes"
+	"context"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
@@ -35,6 +36,8 @@ type class string
 const (
 	classBulk class = "bulk"
 	classBeat class = "beat"
+	// classAsk ends after the handshake: it tells who listens, and of which cluster.
+	classAsk class = "ask"
 )
 
 // hello is what both ends say first.
@@ -50,6 +53,8 @@ type hello struct {
 	MAC     []byte `json:"mac,omitempty"`
 	Version int    `json:"version,omitempty"`
 	Error   string `json:"error,omitempty"`
+	// Founders are the server IDs of the cluster's first voters.
+	Founders []string `json:"founders,omitempty"`
 }
 
 func readHello(r io.Reader) (h hello, err error) {
@@ -106,42 +111,67 @@ func mac(secret []byte, role string, d, l *hello) []byte {
 }
 
 func (p *Peers) self() hello {
-	h := hello{Cluster: p.cfg.ClusterID, Server: p.cfg.ServerID, Min: frameVersion, Max: frameVersion, Nonce: make([]byte, 16), Clock: p.cfg.Now().UnixMilli()}
+	c := p.cluster.Load()
+	h := hello{Cluster: c.id, Founders: c.founders, Server: p.cfg.ServerID, Min: frameVersion, Max: frameVersion, Nonce: make([]byte, 16), Clock: p.cfg.Now().UnixMilli()}
 	_, _ = rand.Read(h.Nonce) // never fails
 	return h
 }
 
 // introduce is the dialer's side of the handshake.
 func (p *Peers) introduce(c net.Conn, target string, cl class) error {
-	if err := c.SetDeadline(time.Now().Add(helloTime)); err != nil {
+	l, err := p.talk(c, target, cl)
+	if err != nil {
 		return err
+	}
+	if own := p.cluster.Load().id; l.Server != target || l.Cluster != own {
+		return fmt.Errorf("%w: %s is %s of cluster %q, want %s of %q", ErrStranger, c.RemoteAddr(), l.Server, l.Cluster, target, own)
+	}
+	return c.SetDeadline(time.Time{})
+}
+
+// talk does the handshake and returns what the listener says of itself.
+func (p *Peers) talk(c net.Conn, target string, cl class) (l hello, err error) {
+	if err := c.SetDeadline(time.Now().Add(helloTime)); err != nil {
+		return l, err
 	}
 	d := p.self()
 	d.Target, d.Class = target, cl
 	if err := writeHello(c, d); err != nil {
-		return err
+		return l, err
 	}
-	l, err := readHello(c)
-	if err != nil {
-		return err
+	if l, err = readHello(c); err != nil {
+		return l, err
 	}
-	switch {
-	case !hmac.Equal(l.MAC, mac(p.cfg.Secret, "listener", &d, &l)):
-		return fmt.Errorf("%w: %s does not know the cluster's secret", ErrStranger, c.RemoteAddr())
-	case l.Server != target || l.Cluster != p.cfg.ClusterID:
-		return fmt.Errorf("%w: %s is %s of cluster %q, want %s of %q", ErrStranger, c.RemoteAddr(), l.Server, l.Cluster, target, p.cfg.ClusterID)
+	if !hmac.Equal(l.MAC, mac(p.cfg.Secret, "listener", &d, &l)) {
+		return l, fmt.Errorf("%w: %s does not know the cluster's secret", ErrStranger, c.RemoteAddr())
 	}
 	if err := writeHello(c, hello{MAC: mac(p.cfg.Secret, "dialer", &d, &l)}); err != nil {
-		return err
+		return l, err
 	}
 	ok, err := readHello(c)
+	if err == nil && ok.Version != frameVersion {
+		err = fmt.Errorf("%w: frames of version %d", ErrFrame, ok.Version)
+	}
+	return l, err
+}
+
+// Peer is what a node says of itself: its cluster is "" while it belongs to none.
+type Peer struct {
+	Server, Cluster string
+	Founders        []string
+}
+
+// Ask asks who listens at an address.
+func (p *Peers) Ask(ctx context.Context, addr string) (Peer, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialTime)
+	defer cancel()
+	c, err := p.cfg.Dial(ctx, addr)
 	if err != nil {
-		return err
+		return Peer{}, err
 	}
-	if ok.Version != frameVersion {
-		return fmt.Errorf("%w: frames of version %d", ErrFrame, ok.Version)
-	}
-	return c.SetDeadline(time.Time{})
+	defer c.Close()
+	l, err := p.talk(c, "", classAsk)
+	return Peer{l.Server, l.Cluster, l.Founders}, err
 }
 
 // receive is the listener's side. It tells an unknown dialer nothing but why it is refused.
@@ -156,14 +186,16 @@ func (p *Peers) receive(c net.Conn) (from string, cl class, err error) {
 	refuse := func(why string) (string, class, error) {
 		return "", "", errors.Join(fmt.Errorf("%w: %s: %s", ErrStranger, c.RemoteAddr(), why), writeHello(c, hello{Error: why}))
 	}
-	switch {
-	case d.Cluster != p.cfg.ClusterID:
+	switch own := p.cluster.Load().id; {
+	case d.Class != classAsk && own == "":
+		return refuse("this node belongs to no cluster yet")
+	case d.Class != classAsk && d.Cluster != own:
 		return refuse("this node belongs to another cluster")
-	case d.Target != p.cfg.ServerID:
+	case d.Class != classAsk && d.Target != p.cfg.ServerID:
 		return refuse("this is not " + d.Target)
 	case d.Server == "" || d.Server == p.cfg.ServerID:
 		return refuse("it calls itself " + d.Server)
-	case d.Class != classBulk && d.Class != classBeat:
+	case d.Class != classBulk && d.Class != classBeat && d.Class != classAsk:
 		return refuse(fmt.Sprintf("class %q", d.Class))
 	case d.Min > frameVersion || d.Max < frameVersion:
 		return refuse(fmt.Sprintf("frames of versions %d to %d, this node speaks %d", d.Min, d.Max, frameVersion))

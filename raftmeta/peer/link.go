@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -330,6 +331,21 @@ func (l *link) broke(err error) {
 	l.mu.Unlock()
 	for _, c := range gone {
 		l.finish(c, nil, err)
+	}
+}
+
+// abort fails the calls of a group.
+func (l *link) abort(group uint32) {
+	l.mu.Lock()
+	left := slices.Clone(l.queues[group])
+	for _, c := range l.pending {
+		if c.group == group {
+			left = append(left, c)
+		}
+	}
+	l.mu.Unlock()
+	for _, c := range left {
+		l.finish(c, nil, ErrClosed)
 	}
 }
 

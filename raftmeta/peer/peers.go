@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -15,8 +16,10 @@ import (
 // Config describes this node to its peers.
 type Config struct {
 	// ServerID is node ID "." incarnation; a frame to another incarnation is refused.
-	ServerID  string
+	ServerID string
+	// ClusterID is "" until the node belongs to a cluster: until then it only says so.
 	ClusterID string
+	Founders  []string
 	// Secret authenticates both ends. Without one the listener must be on loopback.
 	Secret []byte
 	// Listener takes connections; Close closes it. nil = this node has no peers.
@@ -25,6 +28,8 @@ type Config struct {
 	Resolve func(serverID string) (addr string, ok bool)
 	// Dial connects to an address; nil = TCP.
 	Dial func(ctx context.Context, addr string) (net.Conn, error)
+	// OnForward does what a peer forwards to a group's leader, which this node may be.
+	OnForward func(ctx context.Context, group uint32, body []byte) ([]byte, error)
 	// StageDir is where snapshots are put together before raft sees them.
 	StageDir string
 
@@ -40,6 +45,9 @@ type Peers struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	m      *metrics
+	// cluster is what Join said last.
+	cluster  atomic.Pointer[membership]
+	forwards chan struct{}
 
 	mu     sync.Mutex
 	groups map[uint32]*Transport
@@ -47,6 +55,30 @@ type Peers struct {
 	in     map[*inbound]struct{}
 	closed bool
 }
+
+type membership struct {
+	id       string
+	founders []string
+}
+
+// Join says which cluster this node belongs to from now on.
+func (p *Peers) Join(cluster string, founders []string) {
+	p.cluster.Store(&membership{cluster, founders})
+}
+
+// Forward asks a server to do something for a group that it may lead.
+func (p *Peers) Forward(ctx context.Context, server string, group uint32, body []byte) ([]byte, error) {
+	limit := forwardTime
+	if d, ok := ctx.Deadline(); ok {
+		limit = max(min(limit, time.Until(d)), time.Millisecond)
+	}
+	return p.link(server, classBeat).ask(&call{kind: kindForward, group: group, meta: body}, limit)
+}
+
+const (
+	forwardTime = 10 * time.Second
+	forwardsMax = 256
+)
 
 type linkKey struct {
 	target string
@@ -80,9 +112,9 @@ func New(cfg Config) (*Peers, error) {
 		if a, ok := cfg.Listener.Addr().(*net.TCPAddr); !ok || !a.IP.IsLoopback() {
 			return nil, fmt.Errorf("%w: %s", ErrOpen, cfg.Listener.Addr())
 		}
-		cfg.Logger.Warn("peers are not authenticated: any process of this machine may speak for one", "component", "peer", "listen", cfg.Listener.Addr().String())
 	}
-	p := &Peers{cfg: cfg, groups: map[uint32]*Transport{}, links: map[linkKey]*link{}, in: map[*inbound]struct{}{}, m: newMetrics(cfg.Registerer)}
+	p := &Peers{cfg: cfg, groups: map[uint32]*Transport{}, links: map[linkKey]*link{}, in: map[*inbound]struct{}{}, m: newMetrics(cfg.Registerer), forwards: make(chan struct{}, forwardsMax)}
+	p.Join(cfg.ClusterID, cfg.Founders)
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	if cfg.Listener != nil {
 		p.wg.Go(p.accept)
@@ -126,6 +158,19 @@ func (p *Peers) link(target string, cl class) *link {
 		p.wg.Go(l.run)
 	}
 	return l
+}
+
+// abort fails the calls of a group whose raft is to end: its shutdown waits for them.
+func (p *Peers) abort(group uint32) {
+	p.mu.Lock()
+	links := make([]*link, 0, len(p.links))
+	for _, l := range p.links {
+		links = append(links, l)
+	}
+	p.mu.Unlock()
+	for _, l := range links {
+		l.abort(group)
+	}
 }
 
 func (p *Peers) group(id uint32) *Transport {

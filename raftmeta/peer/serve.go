@@ -2,6 +2,7 @@ package peer
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -75,6 +76,10 @@ func (x *inbound) run() (err error) {
 	if x.from, x.cl, err = x.p.receive(x.c); err != nil {
 		return err
 	}
+	if x.cl == classAsk {
+		x.from = "" // its end says nothing about a node
+		return nil
+	}
 	x.p.wg.Go(x.write)
 	a := newAssembler(bufio.NewReaderSize(x.c, readBuffer))
 	for {
@@ -96,6 +101,9 @@ func (x *inbound) dispatch(m *message) error {
 	if m.kind == kindTerm {
 		x.answer(m, x.p.termOf(m.group), nil)
 		return nil
+	}
+	if m.kind == kindForward {
+		return x.forward(m)
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -119,6 +127,28 @@ func (x *inbound) dispatch(m *message) error {
 		q.busy = true
 		x.p.wg.Go(func() { x.work(m.group, q) })
 	}
+	return nil
+}
+
+// forward does what a peer asks for on behalf of its clients. It may take long, so nothing waits behind it.
+func (x *inbound) forward(m *message) error {
+	if x.p.cfg.OnForward == nil {
+		x.answer(m, nil, errors.New("nothing is forwarded here"))
+		return nil
+	}
+	select {
+	case x.p.forwards <- struct{}{}:
+	default:
+		x.answer(m, nil, errors.New("too much is being forwarded"))
+		return nil
+	}
+	x.p.wg.Go(func() {
+		defer func() { <-x.p.forwards }()
+		ctx, cancel := context.WithTimeout(x.p.ctx, forwardTime)
+		defer cancel()
+		b, err := x.p.cfg.OnForward(ctx, m.group, m.body)
+		x.answer(m, append([]byte{statusOK}, b...), err)
+	})
 	return nil
 }
 

@@ -105,10 +105,17 @@ func (t *Transport) Close() error {
 			delete(t.p.groups, t.g.ID)
 		}
 		t.p.mu.Unlock()
+		t.p.abort(t.g.ID)
 		t.dropStage(nil)
 	}
 	t.wg.Wait()
 	return nil
+}
+
+func (t *Transport) over() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.ended
 }
 
 // spawn runs f unless the transport is closed; Close waits for it.
@@ -222,6 +229,9 @@ func (t *Transport) track(target string, a *raft.AppendEntriesRequest, resp *raf
 
 // prepare shortens a request, checks it against the log and fetches the payloads.
 func (t *Transport) prepare(target string, a *raft.AppendEntriesRequest) (*call, error) {
+	if t.over() {
+		return nil, ErrClosed
+	}
 	c := &call{kind: kindAppend, group: t.g.ID}
 	crcs := make([]entryCRC, len(a.Entries))
 	size := 0
@@ -265,6 +275,9 @@ func (t *Transport) prepare(target string, a *raft.AppendEntriesRequest) (*call,
 }
 
 func (t *Transport) small(target raft.ServerAddress, k kind, req, resp any) error {
+	if t.over() {
+		return ErrClosed
+	}
 	meta, err := json.Marshal(req)
 	if err != nil {
 		return err

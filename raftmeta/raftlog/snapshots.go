@@ -269,6 +269,18 @@ func (s *Snapshots) reapLocked() error {
 	return nil
 }
 
+// InstallableAt is the index at whose application the snapshot (index, term) became installable; its own index if there is no such snapshot any more.
+func (s *Snapshots) InstallableAt(index, term uint64) uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, x := range s.snaps {
+		if x.meta.Index == index && x.meta.Term == term && x.installable {
+			return x.c
+		}
+	}
+	return index
+}
+
 // ExpectInstall announces that the transport hands raft the snapshot (index, term), installable since c. applied is asked on raft's
 // main goroutine whether the state is already past it.
 func (s *Snapshots) ExpectInstall(index, term, c uint64, applied func() uint64) {

@@ -11,6 +11,9 @@ import (
 // Command is a change of a state machine. Its fields are its format (JSON): they are added to, never given another meaning.
 type Command interface{ kind() Kind }
 
+// KindOf is a command's number.
+func KindOf(c Command) Kind { return c.kind() }
+
 // LeaderStart is a leader's first own proposal: only a term whose LeaderStart has been applied is advertised.
 type LeaderStart struct {
 	Term Term

@@ -122,6 +122,19 @@ func (s *Shard) Epochs(tp record.TopicPartition) []segment.EpochStart {
 	return nil
 }
 
+// LastSequence returns the last sequence that was accepted from a producer in this epoch; ok is false if none is known.
+func (s *Shard) LastSequence(tp record.TopicPartition, id record.ProducerID, epoch record.ProducerEpoch) (last record.Sequence, ok bool) {
+	p := s.find(tp)
+	if p == nil {
+		return 0, false
+	}
+	pr := p.Producers[id]
+	if pr == nil || pr.Epoch != epoch || len(pr.Batches) == 0 {
+		return 0, false
+	}
+	return pr.Batches[len(pr.Batches)-1].Last, true
+}
+
 // Producers returns what the object that seals a partition up to its high watermark says of its producers, by ID.
 func (s *Shard) Producers(tp record.TopicPartition) []segment.ProducerState {
 	p := s.find(tp)

@@ -1,0 +1,166 @@
+package localstack
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+// startQuorum starts voters that share a directory as their store.
+func startQuorum(t *testing.T, size int, env ...string) []*Node {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("processes are left out with -short")
+	}
+	p, err := program()
+	if err != nil {
+		t.Fatal(err)
+	}
+	store := t.TempDir()
+	var voters []string
+	nodes := make([]*Node, size)
+	for i := range nodes {
+		port, err := freePort()
+		if err != nil {
+			t.Fatal(err)
+		}
+		voters = append(voters, fmt.Sprintf("%d@127.0.0.1:%d", i+1, port))
+	}
+	for i := range nodes {
+		nodes[i] = NewNode(p, t.TempDir(), append([]string{"ESTRAN_STORAGE_URL=file://" + store, "ESTRAN_QUORUM_VOTERS=" + strings.Join(voters, ","), fmt.Sprint("ESTRAN_NODE_ID=", i+1),
+			"ESTRAN_TIERING_SEAL_BYTES=1MiB", "ESTRAN_TIERING_SEAL_AGE=500ms", "ESTRAN_TIERING_PREPARE_TTL=5s"}, env...))
+		_, nodes[i].Peer, _ = strings.Cut(voters[i], "@")
+	}
+	var wg sync.WaitGroup
+	for _, n := range nodes {
+		wg.Go(func() { restart(t, n) })
+		t.Cleanup(func() {
+			_ = n.Kill()
+			if t.Failed() {
+				t.Log(n.Tail())
+			}
+		})
+	}
+	wg.Wait()
+	if t.Failed() {
+		t.FailNow()
+	}
+	return nodes
+}
+
+// Three voters are killed one after the other under load, at random moments, and come back: what was acknowledged is there once, in order, at its offset, from whoever
+// leads then. Nothing is acknowledged twice and nothing is lost; only retriable errors reach the producer (it gives up no record).
+func TestQuorumKills(t *testing.T) {
+	nodes := startQuorum(t, 3)
+	createReplicated(t, nodes[1], "t", 6, 3)
+	l := newLedger()
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() { l.produce(t, nodes[0], "t", 6, ctx, 1<<30) })
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 1))
+	for i := range kills() {
+		before := l.count()
+		until(t, "an acknowledgement with all up", func() bool { return l.count() > before })
+		time.Sleep(time.Duration(rng.IntN(1000)) * time.Millisecond) // the moment of the crash
+		n := nodes[i%len(nodes)]
+		if err := n.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		before = l.count()
+		until(t, "acknowledgements while a voter is down", func() bool { return l.count() > before+100 })
+		restart(t, n)
+	}
+	cancel()
+	wg.Wait()
+	l.verify(t, nodes[2], "t")
+	t.Logf("%d records, %d MB acknowledged through %d kills", l.count(), l.bytes/1e6, kills())
+	for _, n := range nodes { // all at once
+		if err := n.Kill(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, n := range nodes {
+		wg.Go(func() { restart(t, n) })
+	}
+	wg.Wait()
+	l.verify(t, nodes[0], "t")
+}
+
+func createReplicated(t *testing.T, n *Node, name string, partitions int32, factor int16) {
+	t.Helper()
+	r, err := kadm.NewClient(client(t, n)).CreateTopic(t.Context(), partitions, factor, nil, name)
+	if err != nil || r.Err != nil {
+		t.Fatal(err, r.Err)
+	}
+}
+
+// Every node shows the same cluster; a topic that is made at one can be written to and is listed at each; a group's coordinator is the same from every node.
+func TestQuorumIsOneCluster(t *testing.T) {
+	nodes := startQuorum(t, 3)
+	ids := map[string]bool{}
+	for i, n := range nodes {
+		name := fmt.Sprint("made-at-", i+1)
+		createReplicated(t, n, name, 3, 3)
+		if err := client(t, n, kgo.DefaultProduceTopic(name)).ProduceSync(t.Context(), &kgo.Record{Value: []byte("v")}).FirstErr(); err != nil {
+			t.Errorf("producing to %s: %v", name, err)
+		}
+	}
+	coordinators := map[int32]bool{}
+	for _, n := range nodes {
+		adm := kadm.NewClient(client(t, n))
+		until(t, "every topic to be listed", func() bool {
+			topics, err := adm.ListTopics(t.Context())
+			return err == nil && topics.Has("made-at-1") && topics.Has("made-at-2") && topics.Has("made-at-3")
+		})
+		m, err := adm.Metadata(t.Context())
+		if err != nil || len(m.Brokers) != 3 {
+			t.Fatalf("%v %v", m.Brokers, err)
+		}
+		ids[m.Cluster] = true
+		for _, p := range m.Topics["made-at-1"].Partitions {
+			if len(p.Replicas) != 3 || p.Leader < 1 {
+				t.Errorf("%+v", p)
+			}
+		}
+		c := adm.FindGroupCoordinators(t.Context(), "g")["g"]
+		if c.Err != nil {
+			t.Error(c.Err)
+		}
+		coordinators[c.NodeID] = true
+	}
+	if len(ids) != 1 || len(coordinators) != 1 {
+		t.Errorf("clusters %v, coordinators %v", ids, coordinators)
+	}
+}
+
+// A rolling restart by SIGTERM hands leadership over: records go on being acknowledged, no error reaches the producer.
+func TestRollingRestart(t *testing.T) {
+	nodes := startQuorum(t, 3)
+	createReplicated(t, nodes[0], "t", 6, 3)
+	l := newLedger()
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() { l.produce(t, nodes[0], "t", 6, ctx, 1<<30) })
+	for _, n := range nodes {
+		before := l.count()
+		until(t, "acknowledgements", func() bool { return l.count() > before+1000 })
+		if err := n.Stop(); err != nil {
+			t.Fatalf("SIGTERM: %v\n%s", err, n.Tail())
+		}
+		restart(t, n)
+	}
+	before := l.count()
+	until(t, "acknowledgements", func() bool { return l.count() > before+1000 })
+	cancel()
+	wg.Wait()
+	l.verify(t, nodes[1], "t")
+}

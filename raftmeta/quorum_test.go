@@ -1,0 +1,329 @@
+package raftmeta
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/estran/estran/tiering/record"
+)
+
+// trio is a cluster of voters in this process.
+type trio struct {
+	t      testing.TB
+	voters []Voter
+	dirs   []string
+	hosts  []*Host
+}
+
+func newTrio(t testing.TB, n int) *trio {
+	t.Helper()
+	c := &trio{t: t, hosts: make([]*Host, n)}
+	for i := range n {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.voters = append(c.voters, Voter{int32(i + 1), l.Addr().String()})
+		c.dirs = append(c.dirs, t.TempDir())
+		_ = l.Close() // the node takes the port
+	}
+	return c
+}
+
+func (c *trio) config(i int) Config {
+	return Config{NodeID: int32(i + 1), DataDir: c.dirs[i], Host: "127.0.0.1", Port: int32(9000 + i), Shards: 2, HotMaxBytes: 1 << 30, FileBytes: 1 << 20, TailBytes: 1 << 20, Voters: c.voters, Secret: []byte("s"),
+		OnFatal: func(err error) { c.t.Errorf("node %d: fatal: %v", i+1, err) }}
+}
+
+func (c *trio) open(i int) error {
+	cfg := c.config(i)
+	var err error
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) { // the port of a node that ended a moment ago
+		if cfg.PeerListener, err = net.Listen("tcp", c.voters[i].Addr); err == nil || time.Now().After(end) {
+			break
+		}
+	}
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	defer cancel()
+	c.hosts[i], err = Open(ctx, cfg)
+	return err
+}
+
+// start opens nodes at once and waits for all.
+func (c *trio) start(nodes ...int) {
+	c.t.Helper()
+	var wg sync.WaitGroup
+	for _, i := range nodes {
+		wg.Go(func() {
+			if err := c.open(i); err != nil {
+				c.t.Errorf("node %d: %v", i+1, err)
+			}
+		})
+	}
+	wg.Wait()
+	if c.t.Failed() {
+		c.t.FailNow()
+	}
+	for _, i := range nodes {
+		c.t.Cleanup(func() { c.stop(i) })
+	}
+}
+
+func (c *trio) stop(i int) {
+	if h := c.hosts[i]; h != nil {
+		c.hosts[i] = nil
+		_ = h.Close(context.Background())
+	}
+}
+
+func (c *trio) alive() (out []*Host) {
+	for _, h := range c.hosts {
+		if h != nil {
+			out = append(out, h)
+		}
+	}
+	return out
+}
+
+// append appends through whichever node leads, until it is acknowledged; refusals must be of the kinds that a client repeats.
+func (c *trio) append(tp record.TopicPartition, b record.Batch) record.Offset {
+	c.t.Helper()
+	for end := time.Now().Add(60 * time.Second); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
+		for _, h := range c.alive() {
+			ch := make(chan []AppendResult, 1)
+			h.Append(context.Background(), AppendRequest{Batches: []AppendBatch{{tp, b}}}, func(r []AppendResult) { ch <- r })
+			r := (<-ch)[0]
+			if r.Err == nil {
+				return r.Base
+			}
+			if !errors.Is(r.Err, ErrNotLeader) && !errors.Is(r.Err, ErrUnknownOutcome) && !errors.Is(r.Err, ErrUnknownPartition) {
+				c.t.Fatalf("append: %v", r.Err)
+			}
+		}
+	}
+	c.t.Fatal("nothing is acknowledged any more")
+	return 0
+}
+
+// agree waits until every node that runs has the same partition, and compares the records.
+func (c *trio) agree(tp record.TopicPartition, want []string) {
+	c.t.Helper()
+	for _, h := range c.alive() {
+		until(c.t, fmt.Sprintf("node %d to have %d records", h.NodeID(), len(want)), func() bool {
+			i, err := h.Partition(tp)
+			return (err == nil || errors.Is(err, ErrNotLeader)) && int(i.HighWatermark) >= len(want)
+		})
+		if got := readAll(c.t, h, tp, 0); !slices.Equal(got, want) {
+			c.t.Errorf("node %d has %d records, want %d", h.NodeID(), len(got), len(want))
+		}
+	}
+}
+
+// Voters start in any order, some late; they found one cluster, and what one decides all know.
+func TestFoundingInAnyOrder(t *testing.T) {
+	c := newTrio(t, 3)
+	first := make(chan error, 1)
+	go func() { first <- c.open(2) }()
+	select {
+	case err := <-first:
+		t.Fatalf("founded alone: %v", err)
+	case <-time.After(300 * time.Millisecond): // it must not happen at all: there is nothing to wait for
+	}
+	c.start(0, 1)
+	if err := <-first; err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.stop(2) })
+	topic := newTopic(t, c.hosts[0], "made-at-1", 4)
+	for _, h := range c.hosts {
+		until(t, "the topic to be known", func() bool { _, ok := h.Cluster().Topic("made-at-1"); return ok })
+		if len(h.Cluster().Nodes()) != 3 || h.ClusterID() != c.hosts[0].ClusterID() {
+			t.Errorf("node %d sees nodes %v of cluster %s", h.NodeID(), h.Cluster().Nodes(), h.ClusterID())
+		}
+	}
+	ids := map[record.ProducerID]bool{}
+	for _, h := range c.hosts { // admin writes go to any node
+		newTopic(t, h, fmt.Sprint("made-at-", h.NodeID(), "-too"), 1)
+		id, err := h.AllocateProducerID(t.Context())
+		if err != nil || ids[id] {
+			t.Errorf("producer ID %d of node %d: %v", id, h.NodeID(), err)
+		}
+		ids[id] = true
+	}
+	leaders := map[int32]int{}
+	for _, p := range topic.Partitions {
+		for _, h := range c.hosts {
+			until(t, "one leader everywhere", func() bool { n, ok := h.Leader(p.Shard); m, _ := c.hosts[0].Leader(p.Shard); return ok && n == m })
+		}
+		n, _ := c.hosts[0].Leader(p.Shard)
+		leaders[n]++
+	}
+	t.Logf("leaders: %v", leaders)
+}
+
+// Nodes end one after the other under load, and come back: what was acknowledged is there at its offset, on every node.
+func TestEveryNodeRestarts(t *testing.T) {
+	c := newTrio(t, 3)
+	c.start(0, 1, 2)
+	tp := record.TopicPartition{Topic: newTopic(t, c.hosts[0], "t", 1).ID}
+	var want []string
+	write := func(n int) {
+		for range n {
+			v := fmt.Sprint(len(want))
+			if base := c.append(tp, batchOf(t, 7, record.Sequence(len(want)), v)); int(base) != len(want) {
+				t.Fatalf("record %s at offset %d", v, base)
+			}
+			want = append(want, v)
+		}
+	}
+	write(50)
+	for i := range 3 {
+		c.stop(i)
+		write(50)
+		c.start(i)
+		write(50)
+	}
+	c.agree(tp, want)
+	for i := range 3 {
+		c.stop(i)
+	}
+	c.start(0, 1, 2)
+	write(10)
+	c.agree(tp, want)
+}
+
+// With most voters gone nothing is acknowledged, and nothing is proven.
+func TestMinorityServesNothing(t *testing.T) {
+	c := newTrio(t, 3)
+	c.start(0, 1, 2)
+	topic := newTopic(t, c.hosts[0], "t", 1)
+	tp := record.TopicPartition{Topic: topic.ID}
+	c.append(tp, batchOf(t, -1, -1, "first"))
+	lead := int32(0)
+	until(t, "a leader", func() bool { var ok bool; lead, ok = c.hosts[0].Leader(topic.Partitions[0].Shard); return ok })
+	for i := range c.hosts {
+		if int32(i+1) != lead {
+			c.stop(i)
+		}
+	}
+	h := c.hosts[lead-1]
+	var answered atomic.Bool
+	done := make(chan AppendResult, 1)
+	h.Append(t.Context(), AppendRequest{Batches: []AppendBatch{{tp, batchOf(t, -1, -1, "lost")}}}, func(r []AppendResult) { answered.Store(true); done <- r[0] })
+	if r := <-done; r.Err == nil {
+		t.Error("acknowledged without a majority")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	if err := h.Prove(ctx, topic.Partitions[0].Shard); err == nil {
+		t.Error("proven without a majority")
+	}
+	for i := range c.hosts {
+		if int32(i+1) != lead {
+			c.start(i)
+		}
+	}
+	c.append(tp, batchOf(t, -1, -1, "second"))
+	until(t, "a proof", func() bool {
+		for _, h := range c.hosts {
+			if h.Prove(t.Context(), topic.Partitions[0].Shard) == nil {
+				return true
+			}
+		}
+		return false
+	})
+}
+
+// A voter that has been away for longer than the others keep their log is given a snapshot.
+func TestLateVoterGetsASnapshot(t *testing.T) {
+	c := newTrio(t, 3)
+	c.start(0, 1, 2)
+	topic := newTopic(t, c.hosts[0], "t", 1)
+	tp := record.TopicPartition{Topic: topic.ID}
+	shard := topic.Partitions[0].Shard
+	var want []string
+	write := func(n int) {
+		for range n {
+			v := fmt.Sprint(len(want), strings.Repeat("v", 100_000))
+			c.append(tp, batchOf(t, -1, -1, v))
+			want = append(want, v)
+		}
+	}
+	write(5)
+	until(t, "all to follow", func() bool {
+		return c.hosts[2].shardByID(shard).applied.Load() >= c.hosts[0].shardByID(shard).applied.Load()
+	})
+	c.stop(2)
+	write(30)
+	until(t, "the records to be deleted", func() bool { // what is hot cannot be freed
+		for _, h := range c.alive() {
+			if _, err := h.DeleteRecords(t.Context(), tp, 35); err == nil {
+				return true
+			}
+		}
+		return false
+	})
+	for _, h := range c.alive() {
+		g := h.shardByID(shard)
+		until(t, "the log to be freed", func() bool {
+			if err := g.snapshot(); err != nil {
+				t.Fatal(err)
+			}
+			base, _ := g.log.Base()
+			return base > 15
+		})
+	}
+	for i := range 2 { // new instances, which have nothing on its way to the third
+		c.stop(i)
+	}
+	c.start(0, 1)
+	write(10)
+	c.start(2)
+	write(5)
+	h := c.hosts[2]
+	until(t, "the late voter to have all", func() bool {
+		i, err := h.Partition(tp)
+		return (err == nil || errors.Is(err, ErrNotLeader)) && int(i.HighWatermark) == len(want) && i.LogStart == 35
+	})
+	if got := readAll(t, h, tp, 35); !slices.Equal(got, want[35:]) {
+		t.Errorf("%d records, want %d", len(got), len(want)-35)
+	}
+	if base, _ := h.shardByID(shard).log.Base(); base <= 15 {
+		t.Errorf("no snapshot was installed: its log begins behind %d", base)
+	}
+}
+
+// What a directory was founded as cannot be changed by the configuration, and a voter that has lost its directory is not taken for its old self.
+func TestFoundersAreFixed(t *testing.T) {
+	c := newTrio(t, 3)
+	c.start(0, 1, 2)
+	c.stop(2)
+	cfg := c.config(2)
+	cfg.Voters = nil
+	if _, err := Open(t.Context(), cfg); !errors.Is(err, ErrForeign) {
+		t.Errorf("alone in a directory of three: %v", err)
+	}
+	c.dirs[2] = t.TempDir()
+	if err := c.open(2); !errors.Is(err, ErrForeign) {
+		t.Errorf("a voter without its directory: %v", err)
+	}
+	alone := t.TempDir()
+	h := openHost(t, alone, nil)
+	_ = h.Close(t.Context())
+	cfg = c.config(0)
+	cfg.DataDir = alone
+	if _, err := Open(t.Context(), cfg); !errors.Is(err, ErrForeign) {
+		t.Errorf("one of three in a directory of one: %v", err)
+	}
+}
