@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -163,4 +164,36 @@ func TestRollingRestart(t *testing.T) {
 	cancel()
 	wg.Wait()
 	l.verify(t, nodes[1], "t")
+}
+
+// Voters are stopped for a while at random moments (a pause of the machine, a long collection) and go on, the leader among them: a leader that was deposed in the meantime
+// acknowledges nothing that the others do not have.
+func TestQuorumPauses(t *testing.T) {
+	nodes := startQuorum(t, 3)
+	createReplicated(t, nodes[0], "t", 6, 3)
+	l := newLedger()
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() { l.produce(t, nodes[0], "t", 6, ctx, 1<<30) })
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 2))
+	for range kills() {
+		before := l.count()
+		until(t, "acknowledgements", func() bool { return l.count() > before+500 })
+		n := nodes[rng.IntN(len(nodes))]
+		if err := syscall.Kill(n.PID, syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Duration(200+rng.IntN(2000)) * time.Millisecond) // how long the pause is
+		if err := syscall.Kill(n.PID, syscall.SIGCONT); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cancel()
+	wg.Wait()
+	for _, n := range nodes {
+		l.verify(t, n, "t")
+	}
+	t.Logf("%d records acknowledged through %d pauses", l.count(), kills())
 }
