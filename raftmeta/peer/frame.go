@@ -208,7 +208,6 @@ func decodeAppend(meta, bulk []byte) (*raft.AppendEntriesRequest, []entryCRC, er
 		return bad("short")
 	}
 	a.RPCHeader = raft.RPCHeader{ProtocolVersion: raft.ProtocolVersion(be.Uint32(meta)), ID: rest[:n:n], Addr: rest[:n:n]}
-	a.Leader = a.RPCHeader.Addr
 	count := be.Uint32(rest[n:])
 	rest = rest[n+4:]
 	if uint64(len(rest)) != uint64(count)*entryMeta {

@@ -33,7 +33,7 @@ func frames(c *call) []byte {
 
 func request() (*raft.AppendEntriesRequest, *call) {
 	h := raft.RPCHeader{ProtocolVersion: 3, ID: []byte("1.aa"), Addr: []byte("1.aa")}
-	a := &raft.AppendEntriesRequest{RPCHeader: h, Leader: h.Addr, Term: 7, PrevLogEntry: 4, PrevLogTerm: 6, LeaderCommitIndex: 3, Entries: []*raft.Log{
+	a := &raft.AppendEntriesRequest{RPCHeader: h, Term: 7, PrevLogEntry: 4, PrevLogTerm: 6, LeaderCommitIndex: 3, Entries: []*raft.Log{
 		{Index: 5, Term: 7, Type: raft.LogNoop, Data: []byte{}, AppendedAt: time.Unix(0, 12345)},
 		{Index: 6, Term: 7, Type: raft.LogCommand, Data: []byte("directory"), Extensions: []byte("payload")}}}
 	var crcs []entryCRC

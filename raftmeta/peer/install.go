@@ -163,7 +163,7 @@ func (t *Transport) install(x *inbound, s *staging) (*raft.InstallSnapshotRespon
 	var out *raft.InstallSnapshotResponse
 	stale, err := t.g.Install(s.req.LastLogIndex, s.req.LastLogTerm, s.installed, func() error {
 		// A candidate of this term must become a follower first: raft's installSnapshot sets the leader, not the state.
-		beat := &raft.AppendEntriesRequest{RPCHeader: s.req.RPCHeader, Term: s.req.Term, Leader: s.req.Leader}
+		beat := &raft.AppendEntriesRequest{RPCHeader: s.req.RPCHeader, Term: s.req.Term}
 		if _, err := t.hand(x, beat, nil); err != nil {
 			return err
 		}

@@ -343,8 +343,8 @@ func (t *Transport) handleAppend(x *inbound, m *message) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if string(a.Leader) != x.from {
-		return nil, fmt.Errorf("%w: %s speaks for %s", ErrFrame, x.from, a.Leader)
+	if string(a.RPCHeader.Addr) != x.from {
+		return nil, fmt.Errorf("%w: %s speaks for %s", ErrFrame, x.from, a.RPCHeader.Addr)
 	}
 	for i, e := range a.Entries {
 		if e.Term > a.Term {
