@@ -137,7 +137,7 @@ type mark struct {
 	at       time.Time
 }
 
-// check returns the error of an earlier refusal unless b is the batch that was refused, or that one has been accepted since: here or, while another node led, there.
+// check returns the error of a refusal of an earlier batch, unless b is the batch that was refused, or that one has been accepted since: here or, while another node led, there.
 func (k *marks) check(b AppendBatch, accepted func(*AppendBatch) (record.Sequence, bool)) error {
 	if b.Batch.ProducerID() < 0 {
 		return nil
@@ -155,13 +155,18 @@ func (k *marks) check(b AppendBatch, accepted func(*AppendBatch) (record.Sequenc
 	case m.sequence == b.Batch.BaseSequence() || time.Since(m.at) > markLife:
 		delete(k.m, key)
 		return nil
+	case !reaches(b.Batch.BaseSequence(), m.sequence): // it comes before the refused one, which it must not wait for
+		return nil
 	}
-	if last, ok := accepted(&b); ok && int32(last)-int32(m.sequence) >= 0 { // sequences wrap
+	if last, ok := accepted(&b); ok && reaches(last, m.sequence) {
 		delete(k.m, key)
 		return nil
 	}
 	return m.err
 }
+
+// reaches reports whether sequence a is b or comes behind it: they wrap from 2^31-1 to 0.
+func reaches(a, b record.Sequence) bool { return (uint32(a)-uint32(b))&(1<<31-1) < 1<<30 }
 
 func (k *marks) refuse(b AppendBatch, err error) {
 	if b.Batch.ProducerID() < 0 || errors.Is(err, ErrUnknownPartition) || errors.Is(err, ErrTooLarge) {

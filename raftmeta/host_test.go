@@ -350,6 +350,34 @@ func TestDataDirectory(t *testing.T) {
 	}
 }
 
+// A refused batch holds up those behind it until it comes again, never those before it, and not for longer than it takes another leader to accept it.
+func TestMarks(t *testing.T) {
+	var k marks
+	refused := errors.New("refused")
+	batch := func(seq record.Sequence) AppendBatch { return AppendBatch{Batch: batchOf(t, 5, seq, "v")} }
+	last, known := record.Sequence(0), false
+	accepted := func(*AppendBatch) (record.Sequence, bool) { return last, known }
+	k.refuse(batch(10), refused)
+	for seq, want := range map[record.Sequence]error{9: nil, 1<<31 - 1: nil, 11: refused, 12: refused} {
+		if err := k.check(batch(seq), accepted); !errors.Is(err, want) || (err == nil) != (want == nil) {
+			t.Errorf("sequence %d behind a refused 10: %v, want %v", seq, err, want)
+		}
+	}
+	if err := k.check(batch(10), accepted); err != nil {
+		t.Errorf("the refused one again: %v", err)
+	}
+	if err := k.check(batch(11), accepted); err != nil {
+		t.Errorf("behind it: %v", err)
+	}
+	k.refuse(batch(20), refused)
+	if last, known = 19, true; k.check(batch(21), accepted) == nil {
+		t.Error("21 passes while 20 has been accepted nowhere")
+	}
+	if last = 20; k.check(batch(21), accepted) != nil || k.check(batch(22), accepted) != nil {
+		t.Error("21 waits for 20, which another leader has accepted")
+	}
+}
+
 // Every append is answered exactly once, also when the node closes under it.
 func TestCloseAnswersEveryAppend(t *testing.T) {
 	for seed := range uint64(5) {
