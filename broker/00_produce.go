@@ -250,6 +250,7 @@ func known(c *state.Cluster, topic string) string {
 func (r *request) encodeProduce(parts []producePart, topics []int) *writer {
 	w := r.respond(64 * (len(parts) + 1))
 	w.array(len(topics))
+	h := hints{r: r}
 	i := 0
 	for _, n := range topics {
 		if n > 0 {
@@ -259,17 +260,17 @@ func (r *request) encodeProduce(parts []producePart, topics []int) *writer {
 		}
 		w.array(n)
 		for range n {
-			r.encodeProducePart(w, &parts[i])
+			r.encodeProducePart(w, &parts[i], &h)
 			i++
 		}
 		w.tags()
 	}
 	w.i32(0) // throttle time
-	w.tags()
+	w.tagged(h.endpoints(0)...)
 	return w
 }
 
-func (r *request) encodeProducePart(w *writer, p *producePart) {
+func (r *request) encodeProducePart(w *writer, p *producePart, h *hints) {
 	code := codeOf(p.err)
 	w.i32(p.partition)
 	w.i16(code)
@@ -293,5 +294,10 @@ func (r *request) encodeProducePart(w *writer, p *producePart) {
 		}
 		w.text(msg)
 	}
-	w.tags()
+	if r.version < 10 || code == codeNone {
+		w.tags()
+		return
+	}
+	t, _ := r.s.b.Cluster().Topic(p.topic)
+	w.tagged(h.leader(0, code, t, p.partition)...)
 }

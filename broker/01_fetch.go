@@ -2,6 +2,7 @@ package broker
 
 import (
 	"context"
+	"encoding/binary"
 	"net"
 	"time"
 
@@ -357,6 +358,7 @@ func (r *request) encodeFetch(f *fetchRequest, ses *session, parts []*fetchPart)
 	}
 	groups := byTopic(parts)
 	w.array(len(groups))
+	h := hints{r: r}
 	var bufs net.Buffers
 	start, total := 0, 0
 	for _, g := range groups {
@@ -374,11 +376,15 @@ func (r *request) encodeFetch(f *fetchRequest, ses *session, parts []*fetchPart)
 				bufs = append(bufs, p.res.Buffers...)
 				start, total = len(w.b), total+p.res.Bytes
 			}
-			endFetchPart(w, p)
+			r.endFetchPart(w, p, &h)
 		}
 		w.tags()
 	}
-	w.tags()
+	if r.version >= 16 {
+		w.tagged(h.endpoints(0)...)
+	} else {
+		w.tags()
+	}
 	bufs = append(bufs, w.b[start:])
 	size := total + len(w.b) - 4
 	first := bufs[0] // the length stands in the first piece, wherever the writer has moved since
@@ -412,16 +418,18 @@ func (r *request) encodeFetchPart(w *writer, p *fetchPart, committed bool) {
 	}
 }
 
-// endFetchPart writes a partition's tagged fields: tag 0 is the diverging epoch.
-func endFetchPart(w *writer, p *fetchPart) {
-	if !w.flex || p.diverging == nil {
-		w.tags()
-		return
+// endFetchPart writes a partition's tagged fields: tag 0 is the diverging epoch, tag 1 the leader.
+func (r *request) endFetchPart(w *writer, p *fetchPart, h *hints) {
+	var fields []taggedField
+	if w.flex && p.diverging != nil {
+		b := binary.BigEndian.AppendUint32(nil, uint32(p.diverging.epoch))
+		fields = append(fields, taggedField{0, append(binary.BigEndian.AppendUint64(b, uint64(p.diverging.end)), 0)})
 	}
-	w.b = append(w.b, 1, 0, 13) // one field, tag 0, 13 bytes
-	w.i32(int32(p.diverging.epoch))
-	w.i64(int64(p.diverging.end))
-	w.b = append(w.b, 0)
+	if w.flex && p.code != codeNone {
+		t, _ := r.s.b.Cluster().TopicByID(p.id)
+		fields = append(fields, h.leader(1, p.code, t, p.partition)...)
+	}
+	w.tagged(fields...)
 }
 
 // byTopic groups consecutive partitions of a topic.

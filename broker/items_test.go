@@ -498,3 +498,63 @@ func TestItem63AutoCreation(t *testing.T) {
 		}
 	}
 }
+
+// elsewhere is a backend whose partitions are led by others.
+type elsewhere struct{ *raftmeta.Host }
+
+func (e elsewhere) Append(_ context.Context, r raftmeta.AppendRequest, done func([]raftmeta.AppendResult)) {
+	out := make([]raftmeta.AppendResult, len(r.Batches))
+	for i := range out {
+		out[i] = raftmeta.AppendResult{Err: raftmeta.ErrNotLeader, Base: -1, LogStart: -1}
+	}
+	done(out)
+}
+
+func (e elsewhere) Partition(tp record.TopicPartition) (state.PartitionInfo, error) {
+	info, _ := e.Host.Partition(tp)
+	return info, raftmeta.ErrNotLeader
+}
+
+// Item 21: who comes to the wrong node is told the leader, its epoch and its address (KIP-951), in the versions that have the fields.
+func TestItem21LeaderHints(t *testing.T) {
+	w := start(t, nil)
+	topic := w.topic(t, "t", 1, nil)
+	cfg := DefaultConfig()
+	cfg.Registerer = prometheus.NewRegistry()
+	s := NewServer(cfg, elsewhere{w.Host}, hotReader{w.Host})
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(l) }()
+	defer func() {
+		_ = s.Close()
+		if err := <-served; !errors.Is(err, ErrServerClosed) {
+			t.Errorf("serve: %v", err)
+		}
+	}()
+	info, err := w.Partition(record.TopicPartition{Topic: topic.ID})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := (&whole{addr: l.Addr().String()}).dial(t)
+	for v := int16(9); v <= 11; v++ {
+		r := c.ask(produceReq("t", -1, batchBytes(t, record.CodecNone, "v")), v).(*kmsg.ProduceResponse)
+		p := r.Topics[0].Partitions[0]
+		told := p.CurrentLeader.LeaderID == 1 && p.CurrentLeader.LeaderEpoch == int32(info.LeaderEpoch) && len(r.Brokers) == 1 && fmt.Sprintf("%s:%d", r.Brokers[0].Host, r.Brokers[0].Port) == w.addr
+		if p.ErrorCode != codeNotLeaderOrFollower || told != (v >= 10) {
+			t.Errorf("produce v%d: code %d, leader %+v at %+v", v, p.ErrorCode, p.CurrentLeader, r.Brokers)
+		}
+	}
+	for _, v := range []int16{11, 12, 16} {
+		f := fetchReq("t", 0)
+		f.Topics[0].TopicID = topic.ID
+		r := c.ask(f, v).(*kmsg.FetchResponse)
+		p := r.Topics[0].Partitions[0]
+		told := p.CurrentLeader.LeaderID == 1 && p.CurrentLeader.LeaderEpoch == int32(info.LeaderEpoch)
+		if p.ErrorCode != codeNotLeaderOrFollower || told != (v >= 12) || (len(r.Brokers) == 1) != (v >= 16) {
+			t.Errorf("fetch v%d: code %d, leader %+v at %+v", v, p.ErrorCode, p.CurrentLeader, r.Brokers)
+		}
+	}
+}

@@ -248,3 +248,22 @@ func (w *writer) tags() {
 		w.b = append(w.b, 0)
 	}
 }
+
+// taggedField is a field that a client may not know.
+type taggedField struct {
+	tag  uint32
+	body []byte
+}
+
+// tagged writes a structure's tagged fields, in the order of their tags.
+func (w *writer) tagged(fields ...taggedField) {
+	if !w.flex {
+		return
+	}
+	w.uvarint(uint32(len(fields)))
+	for _, f := range fields {
+		w.uvarint(f.tag)
+		w.uvarint(uint32(len(f.body)))
+		w.b = append(w.b, f.body...)
+	}
+}
