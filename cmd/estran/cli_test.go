@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -220,5 +221,39 @@ func TestStoreRefusals(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// The secret of a quorum is made once and read by all; one that is too short is refused.
+func TestCreateSecret(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "secret")
+	t.Setenv("ESTRAN_QUORUM_SECRET_FILE", path)
+	t.Setenv("ESTRAN_STORAGE_URL", "mem://")
+	t.Setenv("ESTRAN_NODE_DATA_DIR", t.TempDir())
+	var first []byte
+	for range 2 {
+		if code, out, errOut := cli(t, "", "doctor", "--create-secret"); code != 0 || !strings.Contains(out, "secret exists") {
+			t.Fatalf("exit %d: %s%s", code, out, errOut)
+		}
+		b, err := os.ReadFile(path)
+		if err != nil || len(b) < 50 || first != nil && !bytes.Equal(b, first) {
+			t.Fatalf("%q %v, before %q", b, err, first)
+		}
+		first = b
+	}
+	if i, err := os.Stat(path); err != nil || i.Mode().Perm() != 0o600 {
+		t.Errorf("%v %v", i.Mode(), err)
+	}
+	if err := os.WriteFile(path, []byte("short\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"serve", "--kafka-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--peer-listen", "127.0.0.1:0", "--data-dir", t.TempDir()}
+	if code, _, errOut := cli(t, "", args...); code == 0 || !strings.Contains(errOut, "E_QUORUM_SECRET") {
+		t.Errorf("exit %d: %s", code, errOut)
+	}
+	t.Setenv("ESTRAN_QUORUM_SECRET_FILE", "")
+	open := append(slices.Clone(args), "--peer-listen", "0.0.0.0:0")
+	if code, _, errOut := cli(t, "", open...); code == 0 || !strings.Contains(errOut, "E_PEER_OPEN") {
+		t.Errorf("a peer listener for everybody: exit %d: %s", code, errOut)
 	}
 }
