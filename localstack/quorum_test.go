@@ -2,8 +2,10 @@ package localstack
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"strings"
 	"sync"
 	"syscall"
@@ -196,4 +198,38 @@ func TestQuorumPauses(t *testing.T) {
 		l.verify(t, n, "t")
 	}
 	t.Logf("%d records acknowledged through %d pauses", l.count(), kills())
+}
+
+// A voter is killed and its directory removed under load; it comes back blank, is filled by the others, and then either of them may be killed.
+func TestQuorumWipe(t *testing.T) {
+	nodes := startQuorum(t, 3)
+	createReplicated(t, nodes[0], "t", 6, 3)
+	l := newLedger()
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() { l.produce(t, nodes[0], "t", 6, ctx, 1<<30) })
+	more := func(what string) {
+		before := l.count()
+		until(t, what, func() bool { return l.count() > before+500 })
+	}
+	more("acknowledgements")
+	wiped := nodes[2]
+	if err := errors.Join(wiped.Kill(), os.RemoveAll(wiped.dir)); err != nil {
+		t.Fatal(err)
+	}
+	more("acknowledgements while a voter is gone")
+	restart(t, wiped)
+	until(t, "the voter to be replaced in every group", func() bool { return strings.Count(wiped.Tail()+nodes[0].Tail()+nodes[1].Tail(), "voter.replaced") >= 4 })
+	for _, n := range nodes[:2] {
+		if err := n.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		more("acknowledgements that need the new voter")
+		restart(t, n)
+	}
+	cancel()
+	wg.Wait()
+	for _, n := range nodes {
+		l.verify(t, n, "t")
+	}
 }

@@ -111,7 +111,7 @@ func openGroup(h *Host, id record.ShardID, dir string) (*group, error) {
 	g.wg.Go(g.batcher.run)
 	g.wg.Go(g.leadership)
 	g.wg.Go(g.snapshotLoop)
-	if g.host.cfg.alone() || fresh && g.preferred() == g.host.identity.serverID() {
+	if g.host.cfg.alone() || fresh && g.preferred() == g.host.cfg.NodeID {
 		g.trans.ElectNow() // nobody else stands, or should: no timer need run out
 	}
 	return g, nil
@@ -234,6 +234,11 @@ func (g *group) lead(ctx context.Context, term uint64) {
 	g.leads.Store(term)
 	g.log_.Info("leading", "event", "leader.elected", "term", term)
 	g.host.poke()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	if !g.host.cfg.alone() {
+		wg.Go(func() { g.keepVoters(ctx) })
+	}
 	if g.id == 0 {
 		<-ctx.Done()
 		return
@@ -243,13 +248,11 @@ func (g *group) lead(ctx context.Context, term uint64) {
 	case <-ctx.Done():
 		return
 	}
-	var wg sync.WaitGroup
 	if !g.host.cfg.alone() {
 		wg.Go(func() { g.balance(ctx) })
 	}
 	g.host.cfg.OnLead(ctx, g.id)
 	<-ctx.Done()
-	wg.Wait()
 }
 
 // propose commits one command and returns its result.
@@ -355,8 +358,10 @@ func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
 func (f *fsm) Restore(r io.ReadCloser) error {
 	defer r.Close()
 	f.g.mu.Lock()
-	defer f.g.mu.Unlock()
-	return f.g.machine.restore(r)
+	err := f.g.machine.restore(r)
+	f.g.mu.Unlock()
+	f.g.host.poke()
+	return err
 }
 
 type fsmSnapshot struct {

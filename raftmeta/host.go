@@ -82,6 +82,12 @@ func (h *Host) open(ctx context.Context) error {
 	if h.meta, err = openGroup(h, 0, filepath.Join(h.cfg.DataDir, "meta")); err != nil {
 		return err
 	}
+	self := state.Node{ID: h.cfg.NodeID, Incarnation: h.identity.Incarnation, Host: h.cfg.Host, Port: h.cfg.Port, Rack: h.cfg.Rack}
+	if !slices.Contains(h.identity.Founders, h.identity.serverID()) { // nobody speaks to it before meta knows it
+		if err := h.announce(ctx, self); err != nil {
+			return err
+		}
+	}
 	if err := h.await(ctx, "meta to have a leader", func() bool { return h.meta.leads.Load() > 0 || h.Cluster().ID != "" }); err != nil {
 		return err
 	}
@@ -98,7 +104,6 @@ func (h *Host) open(ctx context.Context) error {
 	if c.ID != h.identity.ClusterID {
 		return fmt.Errorf("%w: its meta log belongs to cluster %s, %s says %s", ErrForeign, c.ID, identityFile, h.identity.ClusterID)
 	}
-	self := state.Node{ID: h.cfg.NodeID, Incarnation: h.identity.Incarnation, Host: h.cfg.Host, Port: h.cfg.Port, Rack: h.cfg.Rack}
 	if old, ok := c.Node(self.ID); !ok || old != self {
 		if _, err := h.propose(ctx, h.meta, state.RegisterNode{Node: self}); err != nil {
 			return fmt.Errorf("registering the node: %w", err)
@@ -117,14 +122,17 @@ func (h *Host) open(ctx context.Context) error {
 	}
 	close(h.opened)
 	h.wg.Go(h.outboxLoop)
-	return h.await(ctx, "every shard to have a leader", func() bool {
+	if err := h.await(ctx, "every shard to have a leader", func() bool {
 		for _, g := range h.shards {
 			if _, ok := h.Leader(g.id); !ok {
 				return false
 			}
 		}
 		return true
-	})
+	}); err != nil {
+		return err
+	}
+	return h.recordGroups()
 }
 
 // poke wakes everyone who waits in await.
@@ -297,17 +305,17 @@ func (h *Host) majority(ctx context.Context, g *group, term uint64) error {
 	voters := g.voters()
 	others := slices.DeleteFunc(slices.Clone(voters), func(s string) bool { return s == self })
 	need := len(voters)/2 + 1
-	agree := func(terms []uint64) int {
+	agree := func(answers []peer.Standing) int {
 		n := len(voters) - len(others) // this node
-		for _, t := range terms {
-			if t <= term {
+		for _, a := range answers {
+			if a.Term <= term {
 				n++
 			}
 		}
 		return n
 	}
-	if terms := h.peers.Terms(ctx, uint32(g.id), others, func(t []uint64) bool { return agree(t) >= need }); agree(terms) < need {
-		return fmt.Errorf("%w: %d of %d voters confirm term %d", ErrNotLeader, agree(terms), len(voters), term)
+	if got := h.peers.Standings(ctx, uint32(g.id), others, func(a []peer.Standing) bool { return agree(a) >= need }); agree(got) < need {
+		return fmt.Errorf("%w: %d of %d voters confirm term %d", ErrNotLeader, agree(got), len(voters), term)
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"github.com/estran/estran/raftmeta/peer"
+	"github.com/estran/estran/raftmeta/state"
 	"github.com/hashicorp/raft"
 )
 
@@ -108,8 +110,7 @@ func (h *Host) checkFounders() error {
 
 // canvass asks every voter once. founders is nil while it cannot be said who they are.
 func (h *Host) canvass(ctx context.Context) (founders []string, missing []string, err error) {
-	self := h.identity.serverID()
-	blank := []string{self}
+	blank := []string{h.identity.serverID()}
 	for _, v := range h.cfg.Voters {
 		if v.ID == h.cfg.NodeID {
 			continue
@@ -125,10 +126,10 @@ func (h *Host) canvass(ctx context.Context) (founders []string, missing []string
 			return nil, nil, fmt.Errorf("%w: %s is node %d, the configuration says %d", ErrForeign, v.Addr, nodeOf(p.Server), v.ID)
 		case p.Cluster == "":
 			blank = append(blank, p.Server)
-		case slices.Contains(p.Founders, self): // a founder that was interrupted
+		case !slices.ContainsFunc(p.Founders, func(s string) bool { return nodeOf(s) == h.cfg.NodeID }):
+			return nil, nil, fmt.Errorf("%w: voter %d belongs to cluster %s, which was made of %v without this node", ErrForeign, v.ID, p.Cluster, p.Founders)
+		default: // a founder that was interrupted, or one that has lost its directory and takes the place of what it was
 			return p.Founders, nil, nil
-		default:
-			return nil, nil, fmt.Errorf("%w: voter %d belongs to cluster %s, whose voters are %v; this node is a new one and cannot join it", ErrForeign, v.ID, p.Cluster, p.Founders)
 		}
 	}
 	if len(blank) < len(h.cfg.Voters) {
@@ -165,9 +166,8 @@ func (g *group) bootstrap(cfg *raft.Config) error {
 	}
 	h := g.host
 	id := h.identity
-	known := slices.Contains(id.Groups, uint32(g.id))
 	switch {
-	case !has && known:
+	case !has && slices.Contains(id.Groups, uint32(g.id)):
 		return fmt.Errorf("%w: group %d has been here and is empty now: its votes are lost, so this node must not vote again", ErrForeign, g.id)
 	case !has && slices.Contains(id.Founders, id.serverID()):
 		var first raft.Configuration
@@ -178,20 +178,138 @@ func (g *group) bootstrap(cfg *raft.Config) error {
 			return fmt.Errorf("raftmeta: bootstrapping group %d: %w", g.id, err)
 		}
 	}
-	if known {
+	return nil
+}
+
+// recordGroups remembers which groups have been here: one of them that is empty at a later start has lost its votes.
+func (h *Host) recordGroups() error {
+	id := h.identity
+	for _, g := range append([]*group{h.meta}, h.shards...) {
+		last, err := g.log.LastIndex()
+		if err != nil {
+			return err
+		}
+		if last > 0 && !slices.Contains(id.Groups, uint32(g.id)) {
+			id.Groups = append(slices.Clone(id.Groups), uint32(g.id))
+		}
+	}
+	if len(id.Groups) == len(h.identity.Groups) {
 		return nil
 	}
-	id.Groups = append(slices.Clone(id.Groups), uint32(g.id))
 	return h.saveIdentity(id)
 }
 
-// preferred is the server that should lead the group: leadership is spread over the founders.
-func (g *group) preferred() string {
+// announce tells meta, through whichever voter leads it, that this node has another incarnation than the founder of its number: until then nobody speaks to it.
+func (h *Host) announce(ctx context.Context, self state.Node) error {
+	body, err := json.Marshal(state.RegisterNode{Node: self})
+	if err != nil {
+		return err
+	}
+	msg, err := json.Marshal(forwarded{state.KindRegisterNode, body})
+	if err != nil {
+		return err
+	}
+	for {
+		for _, v := range h.cfg.Voters {
+			if v.ID == h.cfg.NodeID {
+				continue
+			}
+			p, err := h.peers.Ask(ctx, v.Addr)
+			if err != nil || p.Cluster != h.identity.ClusterID {
+				continue
+			}
+			var r forwardedResult
+			b, err := h.peers.Forward(ctx, p.Server, 0, msg)
+			if err == nil && json.Unmarshal(b, &r) == nil && !r.NotLeader && r.Unknown == "" {
+				return nil
+			}
+		}
+		t := time.NewTimer(foundEvery)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return fmt.Errorf("%w announcing this node to the leader of meta", ErrTimeout)
+		}
+	}
+}
+
+const (
+	keepEvery  = 500 * time.Millisecond
+	changeTime = 10 * time.Second
+)
+
+// keepVoters replaces, one after the other, the voters whose node has come back without its directory, until ctx ends. The new incarnation joins beside the old one as a
+// non-voter, catches up, the old one goes, the new one votes: at every step a majority of the old voters decides, and what was acknowledged is on it.
+func (g *group) keepVoters(ctx context.Context) {
+	t := time.NewTicker(keepEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return
+		}
+		for _, n := range g.host.Cluster().Nodes() {
+			done, err := g.keepVoter(ctx, n)
+			if err != nil && ctx.Err() == nil {
+				g.log_.Warn("replacing a voter", "node", n.ID, "err", err)
+			}
+			if !done {
+				break // one at a time
+			}
+		}
+	}
+}
+
+// keepVoter takes the next step for a node; done says that there is none.
+func (g *group) keepVoter(ctx context.Context, n state.Node) (done bool, err error) {
+	want := raft.ServerID(fmt.Sprintf("%d.%s", n.ID, n.Incarnation))
+	f := g.raft.GetConfiguration()
+	if err := f.Error(); err != nil {
+		return false, err
+	}
+	var old, now *raft.Server
+	for _, s := range f.Configuration().Servers {
+		switch {
+		case s.ID == want:
+			now = &s
+		case nodeOf(string(s.ID)) == n.ID:
+			old = &s
+		}
+	}
+	switch {
+	case now != nil && now.Suffrage == raft.Voter && old == nil, now == nil && old == nil:
+		return true, nil
+	case now == nil:
+		g.log_.Info("a voter has come back without its directory and joins anew", "event", "voter.replace", "old", old.ID, "new", want)
+		return false, g.raft.AddNonvoter(want, raft.ServerAddress(want), 0, changeTime).Error()
+	case old != nil:
+		if !g.caughtUp(ctx, string(want)) {
+			return false, nil
+		}
+		return false, g.raft.RemoveServer(old.ID, 0, changeTime).Error()
+	}
+	g.log_.Info("a voter has caught up and votes", "event", "voter.replaced", "new", want)
+	return false, g.raft.AddVoter(want, raft.ServerAddress(want), 0, changeTime).Error()
+}
+
+// caughtUp reports whether a server has all that was committed when it was asked.
+func (g *group) caughtUp(ctx context.Context, server string) bool {
+	commit := g.raft.CommitIndex()
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	got := g.host.peers.Standings(ctx, uint32(g.id), []string{server}, func(s []peer.Standing) bool { return len(s) > 0 })
+	return len(got) == 1 && got[0].LastIndex >= commit
+}
+
+// preferred is the node that should lead the group: leadership is spread over the founders.
+func (g *group) preferred() int32 {
 	f := g.host.identity.Founders
 	if len(f) == 0 {
-		return ""
+		return 0
 	}
-	return f[(int(g.id)+len(f)-1)%len(f)]
+	return nodeOf(f[(int(g.id)+len(f)-1)%len(f)])
 }
 
 // voters are the server IDs of the group's voters.
@@ -255,16 +373,13 @@ func (g *group) balance(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		to := g.preferred()
-		if to == "" || to == g.host.identity.serverID() || !slices.Contains(g.voters(), to) {
+		node := g.preferred()
+		voters := g.voters()
+		i := slices.IndexFunc(voters, func(s string) bool { return nodeOf(s) == node })
+		if node == g.host.cfg.NodeID || i < 0 || !g.caughtUp(ctx, voters[i]) {
 			continue
 		}
-		tctx, cancel := context.WithTimeout(ctx, time.Second)
-		alive := len(g.host.peers.Terms(tctx, uint32(g.id), []string{to}, func(t []uint64) bool { return len(t) > 0 })) > 0
-		cancel()
-		if !alive {
-			continue
-		}
+		to := voters[i]
 		if err := g.raft.LeadershipTransferToServer(raft.ServerID(to), raft.ServerAddress(to)).Error(); err != nil {
 			g.log_.Info("leadership stays", "event", "leader.transfer", "to", to, "err", err)
 		}

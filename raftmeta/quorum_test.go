@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -304,7 +306,7 @@ func TestLateVoterGetsASnapshot(t *testing.T) {
 	}
 }
 
-// What a directory was founded as cannot be changed by the configuration, and a voter that has lost its directory is not taken for its old self.
+// What a directory was founded as cannot be changed by the configuration.
 func TestFoundersAreFixed(t *testing.T) {
 	c := newTrio(t, 3)
 	c.start(0, 1, 2)
@@ -314,10 +316,6 @@ func TestFoundersAreFixed(t *testing.T) {
 	if _, err := Open(t.Context(), cfg); !errors.Is(err, ErrForeign) {
 		t.Errorf("alone in a directory of three: %v", err)
 	}
-	c.dirs[2] = t.TempDir()
-	if err := c.open(2); !errors.Is(err, ErrForeign) {
-		t.Errorf("a voter without its directory: %v", err)
-	}
 	alone := t.TempDir()
 	h := openHost(t, alone, nil)
 	_ = h.Close(t.Context())
@@ -325,5 +323,60 @@ func TestFoundersAreFixed(t *testing.T) {
 	cfg.DataDir = alone
 	if _, err := Open(t.Context(), cfg); !errors.Is(err, ErrForeign) {
 		t.Errorf("one of three in a directory of one: %v", err)
+	}
+}
+
+// A voter that comes back without its directory takes the place of what it was, by itself: then any other may go, and all that was acknowledged is there.
+func TestWipedVoterIsReplaced(t *testing.T) {
+	c := newTrio(t, 3)
+	c.start(0, 1, 2)
+	tp := record.TopicPartition{Topic: newTopic(t, c.hosts[0], "t", 1).ID}
+	var want []string
+	write := func(n int) {
+		for range n {
+			v := fmt.Sprint(len(want), strings.Repeat("w", 20_000))
+			if base := c.append(tp, batchOf(t, 7, record.Sequence(len(want)), v)); int(base) != len(want) {
+				t.Fatalf("record %d at offset %d", len(want), base)
+			}
+			want = append(want, v)
+		}
+	}
+	write(20)
+	for i := range 3 { // one after the other: in the end nobody is left of the founders
+		old := c.hosts[i].identity.serverID()
+		c.stop(i)
+		c.dirs[i] = t.TempDir()
+		write(20)
+		c.start(i)
+		self := c.hosts[i].identity.serverID()
+		if self == old {
+			t.Fatal("the same incarnation")
+		}
+		for _, h := range c.alive() {
+			for _, g := range append([]*group{h.meta}, h.shards...) {
+				until(t, fmt.Sprintf("node %d to see %s vote in group %d, and not %s", h.NodeID(), self, g.id, old), func() bool {
+					v := g.voters()
+					return len(v) == 3 && slices.Contains(v, self) && !slices.Contains(v, old)
+				})
+			}
+		}
+		other := (i + 1) % 3
+		c.stop(other) // now the new one is needed for every acknowledgement
+		write(20)
+		c.start(other)
+	}
+	c.agree(tp, want)
+}
+
+// A founder that has voted in a group and lost that group's directory alone must not vote again.
+func TestLostGroupIsRefused(t *testing.T) {
+	c := newTrio(t, 3)
+	c.start(0, 1, 2)
+	c.stop(1)
+	if err := os.RemoveAll(filepath.Join(c.dirs[1], "shard-1")); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.open(1); !errors.Is(err, ErrForeign) {
+		t.Errorf("%v", err)
 	}
 }

@@ -185,16 +185,16 @@ func TestTerms(t *testing.T) {
 			others = append(others, n.id)
 		}
 	}
-	all := func(terms []uint64) bool { return len(terms) == 2 }
+	all := func(terms []Standing) bool { return len(terms) == 2 }
 	term := lead.raft.Load().CurrentTerm()
 	eventually(t, "both to follow", func() bool {
-		terms := lead.peers.Terms(t.Context(), 1, others, all)
-		return len(terms) == 2 && terms[0] == term && terms[1] == term
+		terms := lead.peers.Standings(t.Context(), 1, others, all)
+		return len(terms) == 2 && terms[0].Term == term && terms[1].Term == term && terms[0].LastIndex > 0
 	})
-	if terms := lead.peers.Terms(t.Context(), 7, others, all); len(terms) != 0 {
+	if terms := lead.peers.Standings(t.Context(), 7, others, all); len(terms) != 0 {
 		t.Errorf("terms of a group that does not exist: %v", terms)
 	}
-	if terms := lead.peers.Terms(t.Context(), 1, []string{"9.gone"}, func([]uint64) bool { return true }); len(terms) != 0 {
+	if terms := lead.peers.Standings(t.Context(), 1, []string{"9.gone"}, func([]Standing) bool { return true }); len(terms) != 0 {
 		t.Error(fmt.Sprint(terms))
 	}
 }

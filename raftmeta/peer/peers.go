@@ -226,10 +226,13 @@ func (p *Peers) lost(from string) {
 	}
 }
 
-// Terms asks servers, each after the call began, for the current term of their instance of a group. It returns the terms of those that answered before ctx ended; it ends
-// as soon as `enough` says so.
-func (p *Peers) Terms(ctx context.Context, group uint32, servers []string, enough func(terms []uint64) bool) []uint64 {
-	answers := make(chan uint64, len(servers))
+// Standing is where a server's instance of a group is.
+type Standing struct{ Term, LastIndex uint64 }
+
+// Standings asks servers, each after the call began, where their instances of a group are. It returns what those said that answered before ctx ended; it ends as soon as `enough`
+// says so.
+func (p *Peers) Standings(ctx context.Context, group uint32, servers []string, enough func([]Standing) bool) []Standing {
+	answers := make(chan Standing, len(servers))
 	failed := make(chan struct{}, len(servers))
 	limit := callTime
 	if d, ok := ctx.Deadline(); ok {
@@ -240,25 +243,25 @@ func (p *Peers) Terms(ctx context.Context, group uint32, servers []string, enoug
 		c := &call{kind: kindTerm, group: group}
 		c.done = func(b []byte, err error) {
 			p.observe(s, kindTerm, began, err)
-			if term, ok := decodeTerm(b); err == nil && ok {
-				answers <- term
+			if st, ok := decodeStanding(b); err == nil && ok {
+				answers <- st
 				return
 			}
 			failed <- struct{}{}
 		}
 		p.link(s, classBeat).submit(c, max(limit, time.Millisecond))
 	}
-	var terms []uint64
-	for left := len(servers); left > 0 && !enough(terms); left-- {
+	var out []Standing
+	for left := len(servers); left > 0 && !enough(out); left-- {
 		select {
-		case t := <-answers:
-			terms = append(terms, t)
+		case st := <-answers:
+			out = append(out, st)
 		case <-failed:
 		case <-ctx.Done():
-			return terms
+			return out
 		}
 	}
-	return terms
+	return out
 }
 
 type metrics struct {

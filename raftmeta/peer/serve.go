@@ -99,7 +99,7 @@ func (x *inbound) run() (err error) {
 // dispatch hands a message to its group's goroutine. What is answered outside raft is answered here.
 func (x *inbound) dispatch(m *message) error {
 	if m.kind == kindTerm {
-		x.answer(m, x.p.termOf(m.group), nil)
+		x.answer(m, x.p.standingOf(m.group), nil)
 		return nil
 	}
 	if m.kind == kindForward {

@@ -162,7 +162,7 @@ func (t *Transport) leaderDied(server string) {
 		case <-t.closed:
 			return
 		}
-		if t.g.Leader() == server {
+		if l := t.g.Leader(); l == server || l == "" { // one of a lower rank may have stood in vain, its log too short
 			t.ElectNow()
 		}
 	})
@@ -384,21 +384,23 @@ func (t *Transport) lift(a *raft.AppendEntriesRequest) {
 	a.LeaderCommitIndex = min(a.LeaderCommitIndex, a.PrevLogEntry+uint64(len(a.Entries)))
 }
 
-// termOf answers a term question: 0 bytes if there is no instance.
-func (p *Peers) termOf(group uint32) []byte {
+// standingOf answers a term question; it is refused if there is no instance.
+func (p *Peers) standingOf(group uint32) []byte {
 	if t := p.group(group); t != nil {
-		if term, ok := t.g.Term(); ok {
-			return binary.BigEndian.AppendUint64([]byte{statusOK}, term)
+		last, err := t.g.Log.LastIndex()
+		if term, ok := t.g.Term(); ok && err == nil {
+			b := binary.BigEndian.AppendUint64([]byte{statusOK}, term)
+			return binary.BigEndian.AppendUint64(b, last)
 		}
 	}
 	return []byte{statusRefused}
 }
 
-func decodeTerm(b []byte) (uint64, bool) {
-	if len(b) != 8 {
-		return 0, false
+func decodeStanding(b []byte) (s Standing, ok bool) {
+	if len(b) != 16 {
+		return s, false
 	}
-	return binary.BigEndian.Uint64(b), true
+	return Standing{binary.BigEndian.Uint64(b), binary.BigEndian.Uint64(b[8:])}, true
 }
 
 func cutServer(id string) (node, incarnation string, ok bool) { return strings.Cut(id, ".") }
