@@ -198,3 +198,37 @@ func TestTerms(t *testing.T) {
 		t.Error(fmt.Sprint(terms))
 	}
 }
+
+// A node closes while its peers go on sending: it ends, whatever they do.
+func TestCloseUnderLoad(t *testing.T) {
+	for range 8 {
+		c := newCluster(t, 3, false)
+		lead := c.leader()
+		var wg sync.WaitGroup
+		stop := make(chan struct{})
+		for _, n := range c.nodes {
+			if n == lead {
+				continue
+			}
+			for g := range uint32(20) { // groups that are new to the connection: each is looked up
+				wg.Go(func() {
+					for {
+						select {
+						case <-stop:
+							return
+						default:
+							_, _ = n.peers.link(lead.id, classBulk).ask(&call{kind: kindVote, group: 100 + g}, voteTime)
+						}
+					}
+				})
+			}
+		}
+		c.write(0, 3, func(uint64) int { return 1000 })
+		lead.stop()
+		close(stop)
+		for _, n := range c.nodes {
+			n.stop()
+		}
+		wg.Wait()
+	}
+}

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -135,10 +137,11 @@ func (p *Peers) Close() error {
 	for _, l := range p.links {
 		links = append(links, l)
 	}
-	for x := range p.in {
+	in := slices.Collect(maps.Keys(p.in))
+	p.mu.Unlock()
+	for _, x := range in { // not under mu: an inbound looks for its group under its own lock
 		x.abort()
 	}
-	p.mu.Unlock()
 	for _, l := range links {
 		l.close()
 	}
