@@ -198,10 +198,12 @@ func (l *ledger) produce(t *testing.T, n *Node, topic string, partitions int32, 
 // verify reads everything and compares: every acknowledged record once, in order, at its offset, unchanged; nothing that was not sent.
 func (l *ledger) verify(t *testing.T, n *Node, topic string) {
 	t.Helper()
-	ends, err := kadm.NewClient(client(t, n)).ListEndOffsets(t.Context(), topic)
-	if err != nil {
-		t.Fatal(err)
-	}
+	var ends kadm.ListedOffsets
+	until(t, "every partition to have a leader", func() (ok bool) {
+		var err error
+		ends, err = kadm.NewClient(client(t, n)).ListEndOffsets(t.Context(), topic)
+		return err == nil && ends.Error() == nil
+	})
 	left := map[int32]int64{}
 	assign := map[int32]kgo.Offset{}
 	ends.Each(func(o kadm.ListedOffset) {
