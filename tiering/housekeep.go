@@ -2,6 +2,7 @@ package tiering
 
 import (
 	"context"
+	"math"
 	"time"
 
 	"github.com/estran/estran/tiering/record"
@@ -76,7 +77,7 @@ func (t *Tiering) logStartOf(p *PartitionStatus, now record.Timestamp) record.Of
 		}
 	}
 	// Everything sealed is gone. What is hot and as old is dropped without ever being uploaded.
-	if p.RetentionMs >= 0 && p.HotBytes > 0 && p.MaxTimestamp+record.Timestamp(p.RetentionMs) < now {
+	if p.RetentionMs >= 0 && p.HotBytes > 0 && later(p.MaxTimestamp, p.RetentionMs) < now {
 		return p.HighWatermark
 	}
 	return to
@@ -84,11 +85,19 @@ func (t *Tiering) logStartOf(p *PartitionStatus, now record.Timestamp) record.Of
 
 // expiryOf is when a run may go: by its largest timestamp, and whatever the records say, when its class is over.
 func expiryOf(p *PartitionStatus, r *RunRef) record.Timestamp {
-	at := r.Run.MaxTimestamp + record.Timestamp(p.RetentionMs)
+	at := later(r.Run.MaxTimestamp, p.RetentionMs)
 	if c := r.Object.Plan.Class; c != segment.ClassKeep {
 		at = min(at, r.Object.UploadedAt+record.Timestamp(c.Days()*dayMs))
 	}
 	return at
+}
+
+// later is t + ms, or the end of time: both come from users, who say "for ever" with the largest number there is.
+func later(t record.Timestamp, ms int64) record.Timestamp {
+	if t > 0 && ms > math.MaxInt64-int64(t) {
+		return math.MaxInt64
+	}
+	return t + record.Timestamp(ms)
 }
 
 // collectGarbage deletes objects whose grace is over. A swept upload is deleted twice, since its PUT may end late.
