@@ -10,6 +10,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/estran/estran/objstore"
@@ -32,6 +33,8 @@ type fake struct {
 	objects map[segment.Number]*segment.Object
 	number  segment.Number
 	commits int
+	// distrust: nothing may expire.
+	distrust bool
 	// fail is asked before (and, with the name + " done", after) each change; its error is returned.
 	fail func(step string) error
 }
@@ -47,6 +50,12 @@ type fakePart struct {
 func newFake(t *testing.T) *fake {
 	return &fake{t: t, bucket: mem.New(), changed: make(chan struct{}), parts: map[record.TopicPartition]*fakePart{}, objects: map[segment.Number]*segment.Object{},
 		fail: func(string) error { return nil }}
+}
+
+// sleep lets time pass in a synctest bubble, and then everything happen that is due.
+func sleep(d time.Duration) {
+	time.Sleep(d)
+	synctest.Wait()
 }
 
 const shard = record.ShardID(1)
@@ -146,7 +155,16 @@ func (f *fake) Runs(tp record.TopicPartition, from record.Offset, most int) (out
 }
 
 func (f *fake) Clock(record.ShardID) (record.Timestamp, bool) {
-	return record.Timestamp(time.Now().UnixMilli()), true
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return record.Timestamp(time.Now().UnixMilli()), !f.distrust
+}
+
+// distrusted says whether the shard's clock is not trusted.
+func (f *fake) distrusted(d bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.distrust = d
 }
 
 func (f *fake) HotRange(tp record.TopicPartition) (HotRange, bool) {
@@ -398,12 +416,17 @@ type rig struct {
 }
 
 func newRig(t *testing.T, f *fake, change func(*Config)) *rig {
+	return newRigOver(t, f, func(b *objstore.Fault) objstore.Bucket { return b }, change)
+}
+
+// newRigOver is newRig with something between the tiering and the bucket that fails.
+func newRigOver(t *testing.T, f *fake, over func(*objstore.Fault) objstore.Bucket, change func(*Config)) *rig {
 	r := &rig{fake: f, fault: objstore.NewFault(f.bucket, 1)}
 	cfg := Config{SealBytes: 1 << 20}
 	if change != nil {
 		change(&cfg)
 	}
-	r.tier = New(cfg, f, r.fault)
+	r.tier = New(cfg, f, over(r.fault))
 	r.reader = NewReader(r.tier, f)
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup

@@ -3,6 +3,7 @@ package tiering
 import (
 	"context"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/estran/estran/tiering/record"
@@ -13,13 +14,15 @@ const (
 	// advancePerPass bounds the log starts that one pass moves: a wrong decision must not delete everything at once.
 	advancePerPass = 1000
 	deletePerPass  = 1000
-	runsPerLook    = 256
-	dayMs          = 24 * 60 * 60 * 1000
+	// failuresPerPass ends a pass: a store that is away is not asked for every object that is to go, every time.
+	failuresPerPass = 3
+	runsPerLook     = 256
+	dayMs           = 24 * 60 * 60 * 1000
 )
 
 // housekeep keeps retention and deletes what nothing refers to, until ctx ends.
 func (t *Tiering) housekeep(ctx context.Context, s record.ShardID) {
-	late := map[segment.Number]bool{} // swept uploads that were deleted once
+	g := garbage{map[segment.Number]bool{}, map[segment.Number]bool{}}
 	for wait(ctx, t.cfg.HousekeepEvery) {
 		now, trusted := t.cat.Clock(s)
 		if !trusted {
@@ -29,7 +32,7 @@ func (t *Tiering) housekeep(ctx context.Context, s record.ShardID) {
 		if err := t.cat.Sweep(ctx, s); err != nil && ctx.Err() == nil {
 			t.cfg.Logger.Warn("sweep failed", "component", "tier", "shard", s, "err", err)
 		}
-		t.collectGarbage(ctx, s, now, late)
+		t.collectGarbage(ctx, s, now, g)
 	}
 }
 
@@ -100,19 +103,27 @@ func later(t record.Timestamp, ms int64) record.Timestamp {
 	return t + record.Timestamp(ms)
 }
 
+// garbage remembers what a leader has tried.
+type garbage struct {
+	late   map[segment.Number]bool // swept uploads that were deleted once
+	failed map[segment.Number]bool // objects whose last deletion failed: the others go first
+}
+
 // collectGarbage deletes objects whose grace is over. A swept upload is deleted twice, since its PUT may end late.
-func (t *Tiering) collectGarbage(ctx context.Context, s record.ShardID, now record.Timestamp, late map[segment.Number]bool) {
+func (t *Tiering) collectGarbage(ctx context.Context, s record.ShardID, now record.Timestamp, g garbage) {
 	var gone []segment.Number
-	n := 0
-	for _, o := range t.cat.Doomed(s) {
-		if ctx.Err() != nil || n >= deletePerPass {
+	n, failures := 0, 0
+	doomed := t.cat.Doomed(s)
+	slices.SortStableFunc(doomed, func(a, b segment.Object) int { return rank(g.failed[a.Number]) - rank(g.failed[b.Number]) })
+	for _, o := range doomed {
+		if ctx.Err() != nil || n >= deletePerPass || failures >= failuresPerPass {
 			break
 		}
 		swept := o.Size == 0 // never committed: no reader can know it
 		grace := t.cfg.Grace
 		if swept {
 			grace = 0
-			if late[o.Number] {
+			if g.late[o.Number] {
 				grace = t.cfg.LateDelete
 			}
 		}
@@ -121,18 +132,21 @@ func (t *Tiering) collectGarbage(ctx context.Context, s record.ShardID, now reco
 		}
 		n++
 		if err := t.bucket.Delete(ctx, o.Key()); err != nil {
+			failures++
+			g.failed[o.Number] = true
 			t.m.deleted.WithLabelValues("failed").Inc()
 			t.cfg.Logger.Warn("cannot delete an object", "component", "tier", "key", o.Key(), "err", err)
 			continue
 		}
+		delete(g.failed, o.Number)
 		t.m.deleted.WithLabelValues("deleted").Inc()
-		if swept && !late[o.Number] {
-			late[o.Number] = true
+		if swept && !g.late[o.Number] {
+			g.late[o.Number] = true
 			if t.cfg.LateDelete > 0 {
 				continue
 			}
 		}
-		delete(late, o.Number)
+		delete(g.late, o.Number)
 		gone = append(gone, o.Number)
 	}
 	if len(gone) > 0 {
@@ -140,4 +154,11 @@ func (t *Tiering) collectGarbage(ctx context.Context, s record.ShardID, now reco
 			t.cfg.Logger.Warn("cannot forget deleted objects", "component", "tier", "shard", s, "err", err)
 		}
 	}
+}
+
+func rank(failed bool) int {
+	if failed {
+		return 1
+	}
+	return 0
 }

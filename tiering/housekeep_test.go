@@ -1,8 +1,14 @@
 package tiering
 
 import (
+	"context"
 	"math"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/estran/estran/objstore"
 
 	"github.com/estran/estran/tiering/record"
 	"github.com/estran/estran/tiering/segment"
@@ -77,4 +83,139 @@ func TestLogStartBehindManyRuns(t *testing.T) {
 	if got := New(Config{}, f, f.bucket).logStartOf(&s, 1); got != n-5 {
 		t.Errorf("the log starts at %d, want %d", got, n-5)
 	}
+}
+
+// doomed puts n objects into the bucket that nothing refers to any more, and whose grace is over.
+func (f *fake) doomed(n int) {
+	for range n {
+		o, err := f.Prepare(f.t.Context(), shard, segment.Plan{UUID: segment.UUID{byte(f.number), byte(f.number >> 8)}, Owner: segment.Owner{Shared: true}}, time.Hour)
+		if err != nil {
+			f.t.Fatal(err)
+		}
+		if _, err := f.bucket.Put(f.t.Context(), o.Key(), objstore.Bytes([]byte("x")), objstore.PutOptions{}); err != nil {
+			f.t.Fatal(err)
+		}
+		f.objects[o.Number].State, f.objects[o.Number].Size, f.objects[o.Number].Since = segment.Tombstoned, 1, 0
+	}
+}
+
+// While the store is away deletions cost little and hold up nothing; retention goes on.
+func TestDeletionsDuringAnOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t)
+		f.doomed(2000)
+		r := newRig(t, f, func(c *Config) { c.SealAge = 100 * time.Hour })
+		defer r.stop()
+		r.fault.Set(objstore.Rule{Op: "delete", P: 1, Err: errDown, Hook: func(string) { time.Sleep(50 * time.Second) }}) // the retrier's tries
+		f.retain(partition(1), 60_000, 0)
+		f.append(partition(1), 3, 1000)
+		sleep(time.Hour)
+		if n := len(r.fault.Trace()); n > 3600/30*failuresPerPass {
+			t.Errorf("%d deletions in an hour without a store", n)
+		}
+		if b, _ := f.Bounds(partition(1)); b.LogStart != 6 {
+			t.Errorf("what expired meanwhile was not dropped: the log starts at %d", b.LogStart)
+		}
+		r.fault.Set()
+		sleep(5 * time.Minute)
+		if n, d := len(f.keys()), len(f.Doomed(shard)); n+d > 0 {
+			t.Errorf("%d objects are left, %d in the table", n, d)
+		}
+	})
+}
+
+// Objects that cannot be deleted do not keep the others from it, and are tried again.
+func TestSomeCannotBeDeleted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t)
+		f.doomed(100)
+		denied := map[string]bool{}
+		var allowed atomic.Bool
+		for _, k := range f.keys()[:20] {
+			denied[k] = true
+		}
+		r := newRigOver(t, f, func(b *objstore.Fault) objstore.Bucket { return &denying{Fault: b, keys: denied, allowed: &allowed} }, nil)
+		defer r.stop()
+		sleep(10 * time.Minute)
+		if got := f.keys(); len(got) != len(denied) || len(f.Doomed(shard)) != len(denied) {
+			t.Errorf("%d objects are left (%d in the table), %d are denied", len(got), len(f.Doomed(shard)), len(denied))
+		}
+		allowed.Store(true)
+		sleep(5 * time.Minute)
+		if n, d := len(f.keys()), len(f.Doomed(shard)); n+d > 0 {
+			t.Errorf("%d objects are left, %d in the table", n, d)
+		}
+	})
+}
+
+type denying struct {
+	*objstore.Fault
+	keys    map[string]bool
+	allowed *atomic.Bool
+}
+
+func (d *denying) Delete(ctx context.Context, keys ...string) error {
+	if d.keys[keys[0]] && !d.allowed.Load() {
+		return &objstore.Error{Op: "delete", Key: keys[0], Kind: objstore.ErrAccess}
+	}
+	return d.Fault.Delete(ctx, keys...)
+}
+
+// Nothing is deleted within its grace, and nothing expires by a clock that is not trusted.
+func TestGraceAndTrust(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t)
+		f.doomed(1)
+		f.objects[1].Since = record.Timestamp(time.Now().UnixMilli())
+		r := newRigOver(t, f, func(b *objstore.Fault) objstore.Bucket { return b }, func(c *Config) { c.Grace = 2 * time.Hour; c.SealAge = time.Minute })
+		defer r.stop()
+		f.retain(partition(1), 60_000, 0)
+		f.append(partition(1), 3, 1000)
+		f.distrusted(true)
+		sleep(5 * time.Hour)
+		if b, _ := f.Bounds(partition(1)); b.LogStart != 0 || len(f.keys()) != 2 {
+			t.Errorf("with a clock that is not trusted: the log starts at %d, %d objects", b.LogStart, len(f.keys()))
+		}
+		f.distrusted(false)
+		sleep(time.Minute)
+		if b, _ := f.Bounds(partition(1)); b.LogStart != 6 || len(f.keys()) != 1 { // the old one has gone, the expired one has its grace
+			t.Errorf("with one that is: the log starts at %d, %d objects", b.LogStart, len(f.keys()))
+		}
+		sleep(2*time.Hour - 2*time.Minute)
+		if len(f.keys()) != 1 {
+			t.Error("deleted within its grace")
+		}
+		sleep(3 * time.Minute)
+		if n := len(f.keys()); n != 0 {
+			t.Errorf("%d objects after the grace", n)
+		}
+	})
+}
+
+// What one pass moves is bounded: a wrong decision does not delete everything at once.
+func TestAdvancesPerPass(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t)
+		for i := range 2*advancePerPass + 1 {
+			tp := record.TopicPartition{Partition: int32(i)}
+			f.part(tp).retentionMs = 1
+			f.append(tp, 1, 1)
+		}
+		r := newRig(t, f, func(c *Config) { c.SealAge = 100 * time.Hour; c.SealBytes = 1 << 40 })
+		defer r.stop()
+		for pass, want := range []int{0, advancePerPass, 2 * advancePerPass, 2*advancePerPass + 1} {
+			if pass > 0 {
+				sleep(30 * time.Second)
+			}
+			moved := 0
+			for _, p := range f.Partitions(shard) {
+				if p.LogStart > 0 {
+					moved++
+				}
+			}
+			if moved != want {
+				t.Errorf("after %d passes %d log starts have moved, want %d", pass, moved, want)
+			}
+		}
+	})
 }

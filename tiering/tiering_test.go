@@ -167,36 +167,6 @@ func TestEveryStepMayFail(t *testing.T) {
 	}
 }
 
-// A store that is away for a day is asked now and then, not all the time; when it is back everything is sealed, and a shard's rest in large objects.
-func TestOutageOfADay(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, newFake(t), nil)
-		defer r.stop()
-		r.fault.Set(objstore.Rule{Op: "put", P: 1, Err: &objstore.Error{Op: "put", Kind: objstore.ErrUnavailable, Retryable: true}})
-		for range 24 {
-			r.append(partition(1), 4, 100_000)
-			r.append(partition(2), 1, 1000)
-			time.Sleep(time.Hour)
-		}
-		if !r.tier.Degraded() {
-			t.Error("nobody is told that uploads fail")
-		}
-		if n := len(r.fault.Trace()); n < 24*60 || n > 24*60*8 { // every 15 to 45 s, up to three at once
-			t.Errorf("%d requests in a day", n)
-		}
-		r.fault.Set()
-		time.Sleep(3 * time.Minute)
-		if n := r.HotBytes(shard); n != 0 || r.tier.Degraded() {
-			t.Errorf("%d bytes are not sealed after the store is back (degraded: %v)", n, r.tier.Degraded())
-		}
-		if n := len(r.keys()); n > 24 {
-			t.Errorf("%d objects for 10 MB", n)
-		}
-		r.check(t, partition(1))
-		r.check(t, partition(2))
-	})
-}
-
 // An upload whose time is over may still arrive: it is deleted when it is swept and once more when no request can be on its way any longer.
 func TestLateUploadIsDeletedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -353,6 +323,7 @@ func TestDamage(t *testing.T) {
 		r := sealedRig(t, func(c *Config) { c.CacheBytes = 1 })
 		defer r.stop()
 		for range 2 {
+			synctest.Wait() // what was fetched ahead is here
 			r.fault.Set(objstore.Rule{Op: "get", P: 1, Times: 3, Flip: true})
 			if _, err := r.one(t.Context(), 50); err != nil {
 				t.Errorf("bits were flipped on the way, three times: %v", err)
@@ -361,6 +332,7 @@ func TestDamage(t *testing.T) {
 		if n := testutil.ToFloat64(r.tier.m.corruption.WithLabelValues("object")); n != 6 {
 			t.Errorf("%v counted, want 6", n)
 		}
+		synctest.Wait() // what was fetched ahead is here
 		r.fault.Set(objstore.Rule{Op: "get", P: 1, Flip: true})
 		r.fault.Trace()
 		if res, err := r.one(t.Context(), 50); !errors.Is(err, ErrStorage) || !errors.Is(err, segment.ErrCorrupt) || res.Bytes > 0 {
