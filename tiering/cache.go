@@ -187,6 +187,7 @@ func (c *cache) removeLocked(e *list.Element) {
 	c.order.Remove(e)
 	delete(c.m, x.key)
 	c.size -= x.c.bytes()
+	c.m2.cacheBytes.Set(float64(c.size))
 }
 
 // drop forgets everything of an object.
