@@ -3,7 +3,10 @@ package tiering
 import (
 	"container/list"
 	"context"
+	"errors"
+	"fmt"
 	"sync"
+	"time"
 
 	"github.com/estran/estran/tiering/record"
 	"github.com/estran/estran/tiering/segment"
@@ -38,6 +41,7 @@ type cache struct {
 	order  *list.List // of *cached, newest first
 	m      map[chunkKey]*list.Element
 	flight map[chunkKey]*flight
+	failed map[chunkKey]failure // fetches that failed after all who had asked were gone: the next who asks is told
 	m2     *metrics
 	wg     sync.WaitGroup
 	ctx    context.Context
@@ -52,15 +56,31 @@ type cached struct {
 
 // flight is a fetch that is under way.
 type flight struct {
-	done  chan struct{}
-	c     *chunk
-	err   error
-	ahead int64 // its part of cache.ahead; 0 once somebody waits for it
+	done    chan struct{}
+	c       *chunk
+	err     error
+	ahead   int64 // its part of cache.ahead; 0 once somebody waits for it
+	left    bool  // somebody asked for it and did not wait until it was done
+	waiting int   // how many wait for it
 }
+
+// errPending: who asked has gone before the fetch was done.
+var errPending = errors.New("tiering: not here yet")
+
+// failure is the end of a fetch that nobody waited for.
+type failure struct {
+	err   error
+	until time.Time // older news are no news
+}
+
+const (
+	failureKept = 10 * time.Second
+	failuresMax = 1000
+)
 
 func newCache(limit int64, m *metrics) *cache {
 	ctx, cancel := context.WithCancel(context.Background())
-	return &cache{limit: limit, order: list.New(), m: map[chunkKey]*list.Element{}, flight: map[chunkKey]*flight{}, m2: m, ctx: ctx, cancel: cancel}
+	return &cache{limit: limit, order: list.New(), m: map[chunkKey]*list.Element{}, flight: map[chunkKey]*flight{}, failed: map[chunkKey]failure{}, m2: m, ctx: ctx, cancel: cancel}
 }
 
 // peek returns what is cached.
@@ -100,11 +120,22 @@ func (c *cache) start(key chunkKey, fetch func(context.Context) (*chunk, error))
 	if f := c.flight[key]; f != nil {
 		c.ahead -= f.ahead
 		f.ahead = 0
+		f.waiting++
 		c.m2.coalesced.Inc()
 		return f
 	}
+	if x, ok := c.failed[key]; ok {
+		delete(c.failed, key)
+		if time.Now().Before(x.until) {
+			f := &flight{done: make(chan struct{}), err: x.err}
+			close(f.done)
+			return f
+		}
+	}
 	c.m2.cache.WithLabelValues("memory", "miss").Inc()
-	return c.flyLocked(key, 0, fetch)
+	f := c.flyLocked(key, 0, fetch)
+	f.waiting++
+	return f
 }
 
 // startAhead begins the fetch of about size bytes that nobody has asked for yet. It reports false if what was fetched ahead and is not used yet has half of the cache:
@@ -132,8 +163,14 @@ func (c *cache) flyLocked(key chunkKey, ahead int64, fetch func(context.Context)
 		c.mu.Lock()
 		delete(c.flight, key)
 		c.ahead -= f.ahead
-		if f.err == nil {
+		switch {
+		case f.err == nil:
 			c.addLocked(key, f.c, f.ahead > 0)
+		case f.left && f.waiting == 0:
+			if len(c.failed) >= failuresMax {
+				clear(c.failed)
+			}
+			c.failed[key] = failure{f.err, time.Now().Add(failureKept)}
 		}
 		c.mu.Unlock()
 		close(f.done)
@@ -141,7 +178,7 @@ func (c *cache) flyLocked(key chunkKey, ahead int64, fetch func(context.Context)
 	return f
 }
 
-// get waits for a fetch until ctx ends.
+// get waits for a fetch until ctx ends. A fetch that fails later is told to the next who asks: who never waits must learn of it too.
 func (c *cache) get(ctx context.Context, key chunkKey, fetch func(context.Context) (*chunk, error)) (*chunk, error) {
 	f := c.start(key, fetch)
 	select {
@@ -153,7 +190,11 @@ func (c *cache) get(ctx context.Context, key chunkKey, fetch func(context.Contex
 	case <-f.done:
 		return f.c, f.err
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		f.waiting--
+		f.left = true
+		return nil, fmt.Errorf("%w: %w", errPending, ctx.Err())
 	}
 }
 

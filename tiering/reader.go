@@ -55,7 +55,7 @@ func (r *Reader) Close() { r.cache.close() }
 
 // Read returns whole batches from the one that holds `from` on. Below the log start and above the high watermark it fails with ErrOutOfRange; at
 // or above l.UpTo the result is empty. If bytes must come from the object store and are not there when ctx ends, the result is empty too: the fetch goes on and
-// a later Read finds them. An offset is never skipped: what cannot be read is ErrStorage.
+// a later Read finds them, or is told why not. An offset is never skipped: what cannot be read is ErrStorage.
 func (r *Reader) Read(ctx context.Context, tp record.TopicPartition, from record.Offset, l Limits) (Result, error) {
 	b, ok := r.cat.Bounds(tp)
 	switch {
@@ -71,11 +71,11 @@ func (r *Reader) Read(ctx context.Context, tp record.TopicPartition, from record
 		return res, err
 	}
 	res, err = r.readObjects(ctx, tp, from, l)
-	if err == nil || ctx.Err() != nil {
-		if ctx.Err() != nil && err != nil {
-			return Result{Next: from, Tier: TierObject}, nil
-		}
-		return res, err
+	switch {
+	case err == nil:
+		return res, nil
+	case errors.Is(err, errPending):
+		return Result{Next: from, Tier: TierObject}, nil
 	}
 	// The object may have gone since the manifest was read: look once more.
 	if b, ok = r.cat.Bounds(tp); !ok {
