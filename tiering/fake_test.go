@@ -218,6 +218,9 @@ func (f *fake) sorted() []record.TopicPartition {
 }
 
 func (f *fake) BeginRound(context.Context, record.ShardID) (out []HotRange, err error) {
+	if err := f.step("round"); err != nil {
+		return nil, err
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, tp := range f.sorted() {
@@ -229,6 +232,9 @@ func (f *fake) BeginRound(context.Context, record.ShardID) (out []HotRange, err 
 }
 
 func (f *fake) Batches(_ context.Context, _ record.ShardID, r HotRange, most int64) (out []HotBatch, err error) {
+	if err := f.step("batches"); err != nil {
+		return nil, err
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for i, b := range f.part(r.TP).batches {
@@ -320,6 +326,14 @@ func (f *fake) Rehome(context.Context, record.ShardID, record.TopicPartition, []
 }
 
 func (f *fake) AdvanceLogStart(_ context.Context, tp record.TopicPartition, to record.Offset) error {
+	if err := f.step("advance"); err != nil {
+		return err
+	}
+	f.advance(tp, to)
+	return f.step("advance done")
+}
+
+func (f *fake) advance(tp record.TopicPartition, to record.Offset) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	p := f.part(tp)
@@ -331,7 +345,6 @@ func (f *fake) AdvanceLogStart(_ context.Context, tp record.TopicPartition, to r
 		}
 		p.runs = p.runs[1:]
 	}
-	return nil
 }
 
 func (f *fake) Partitions(record.ShardID) (out []PartitionStatus) {
@@ -352,6 +365,14 @@ func (f *fake) Partitions(record.ShardID) (out []PartitionStatus) {
 }
 
 func (f *fake) Sweep(context.Context, record.ShardID) error {
+	if err := f.step("sweep"); err != nil {
+		return err
+	}
+	f.sweep()
+	return f.step("sweep done")
+}
+
+func (f *fake) sweep() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	now := record.Timestamp(time.Now().UnixMilli())
@@ -360,7 +381,6 @@ func (f *fake) Sweep(context.Context, record.ShardID) error {
 			o.State, o.Since = segment.Tombstoned, now
 		}
 	}
-	return nil
 }
 
 func (f *fake) Doomed(record.ShardID) (out []segment.Object) {
@@ -379,11 +399,11 @@ func (f *fake) Forget(_ context.Context, _ record.ShardID, numbers []segment.Num
 		return err
 	}
 	f.mu.Lock()
-	defer f.mu.Unlock()
 	for _, n := range numbers {
 		delete(f.objects, n)
 	}
-	return nil
+	f.mu.Unlock()
+	return f.step("forget done")
 }
 
 func (f *fake) ClusterUUID() [16]byte { return [16]byte{1} }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"slices"
 	"strings"
 	"sync"
@@ -19,12 +20,12 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 )
 
-// ranged notes every GET with its range, and can damage what lies at a position.
+// ranged notes every request with its range or size, and can damage what a GET brings.
 type ranged struct {
 	*objstore.Fault
 	mu    sync.Mutex
-	calls []string
-	gets  []get
+	calls []string       // since the last call of trace
+	gets  []get          // since the last call of take
 	flip  func(get) bool // asked for each GET: a bit in the middle of its bytes is flipped
 }
 
@@ -36,7 +37,7 @@ type get struct {
 func (b *ranged) Get(ctx context.Context, key string, r objstore.Range) (io.ReadCloser, objstore.Info, error) {
 	b.mu.Lock()
 	g := get{key, r.Off, r.Len}
-	b.calls = append(b.calls, fmt.Sprintf("get %s %d+%d", key, r.Off, r.Len))
+	b.calls = append(b.calls, fmt.Sprintf("get %s %d bytes from %d", key, r.Len, r.Off))
 	b.gets = append(b.gets, g)
 	flip := b.flip != nil && b.flip(g)
 	b.mu.Unlock()
@@ -50,6 +51,39 @@ func (b *ranged) Get(ctx context.Context, key string, r objstore.Range) (io.Read
 	}
 	data[len(data)/2] ^= 8
 	return io.NopCloser(bytes.NewReader(data)), info, rc.Close()
+}
+
+func (b *ranged) note(format string, a ...any) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.calls = append(b.calls, fmt.Sprintf(format, a...))
+}
+
+func (b *ranged) trace() (out []string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	out, b.calls = b.calls, nil
+	return out
+}
+
+func (b *ranged) Put(ctx context.Context, key string, body objstore.Body, o objstore.PutOptions) (objstore.Info, error) {
+	b.note("put %s %d bytes, create-only %v, checksum %v, writer %s", key, body.Size, o.IfAbsent, o.CRC32C != nil, o.WriterID)
+	return b.Fault.Put(ctx, key, body, o)
+}
+
+func (b *ranged) Head(ctx context.Context, key string) (objstore.Info, error) {
+	b.note("head %s", key)
+	return b.Fault.Head(ctx, key)
+}
+
+func (b *ranged) Delete(ctx context.Context, keys ...string) error {
+	b.note("delete %s", strings.Join(keys, " "))
+	return b.Fault.Delete(ctx, keys...)
+}
+
+func (b *ranged) List(ctx context.Context, prefix, startAfter string) iter.Seq2[objstore.Info, error] {
+	b.note("list %s", prefix)
+	return b.Fault.List(ctx, prefix, startAfter)
 }
 
 func (b *ranged) take() (out []get) {
