@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"iter"
+	"maps"
 	"math/rand/v2"
 	"strconv"
 	"sync"
@@ -112,7 +113,13 @@ var classes = map[string]string{"put": "put", "get": "get", "head": "get", "list
 
 // do runs try until it succeeds, may not be repeated, or the tries are used up.
 func (r *retrying) do(ctx context.Context, op string, limit time.Duration, try func(context.Context) error) error {
-	for n := 1; ; n++ {
+	return r.goOn(ctx, op, limit, new(int), try)
+}
+
+// goOn is do for a request that has been tried n times.
+func (r *retrying) goOn(ctx context.Context, op string, limit time.Duration, n *int, try func(context.Context) error) error {
+	for {
+		*n++
 		began := time.Now()
 		tctx, cancel := context.WithTimeout(ctx, limit)
 		err := try(tctx)
@@ -131,11 +138,11 @@ func (r *retrying) do(ctx context.Context, op string, limit time.Duration, try f
 		if errors.Is(err, ErrThrottled) {
 			r.m.throttled.Inc()
 		}
-		if e == nil || !e.Retryable || n >= r.p.Tries || ctx.Err() != nil || !r.spend() {
+		if e == nil || !e.Retryable || *n >= r.p.Tries || ctx.Err() != nil || !r.spend() {
 			return err
 		}
 		r.m.retries.WithLabelValues(e.Kind.Error()).Inc()
-		pause := min(r.p.Last, r.p.First<<(n-1))
+		pause := min(r.p.Last, r.p.First<<(*n-1))
 		pause = max(time.Duration(rand.Int64N(int64(pause)+1)), e.RetryAfter)
 		t := time.NewTimer(pause)
 		select {
@@ -186,16 +193,39 @@ func (r *retrying) Head(ctx context.Context, key string) (info Info, err error) 
 
 // Delete implements Bucket; only the keys that failed are tried again.
 func (r *retrying) Delete(ctx context.Context, keys ...string) error {
-	return r.do(ctx, "delete", r.p.PutBase+r.p.GetHeader, func(ctx context.Context) error {
+	lost := map[string]error{} // those that need not be tried again
+	err := r.do(ctx, "delete", r.p.PutBase+r.p.GetHeader, func(ctx context.Context) error {
 		err := r.Bucket.Delete(ctx, keys...)
-		if d, ok := errors.AsType[*DeleteError](err); ok {
-			keys = keys[:0:0]
-			for k := range d.Failed {
+		d, ok := errors.AsType[*DeleteError](err)
+		if !ok {
+			return err
+		}
+		keys = keys[:0:0]
+		again := map[string]error{}
+		for k, err := range d.Failed {
+			if e, ok := errors.AsType[*Error](err); ok && e.Retryable {
 				keys = append(keys, k)
+				again[k] = err
+			} else {
+				lost[k] = err
 			}
+		}
+		if len(again) > 0 {
+			return &DeleteError{again}
 		}
 		return err
 	})
+	if len(lost) == 0 {
+		return err
+	}
+	if d, ok := errors.AsType[*DeleteError](err); ok {
+		maps.Copy(lost, d.Failed)
+	} else if err != nil {
+		for _, k := range keys {
+			lost[k] = err
+		}
+	}
+	return &DeleteError{lost}
 }
 
 // List implements Bucket. It is not repeated in the middle: who lists begins again.
@@ -225,12 +255,13 @@ type resuming struct {
 	watch  *time.Timer
 	off    int64 // of the next byte
 	left   int64
-	tries  int
+	tries  int // GETs that were sent
 	opened bool
+	err    error // of the last Read
 }
 
 func (g *resuming) open() error {
-	return g.r.do(g.ctx, "get", 24*time.Hour, func(context.Context) error {
+	return g.r.goOn(g.ctx, "get", 24*time.Hour, &g.tries, func(context.Context) error {
 		ctx, cancel := context.WithCancel(g.ctx)
 		watch := time.AfterFunc(g.r.p.GetHeader, cancel)
 		rg := g.rg
@@ -254,12 +285,20 @@ func (g *resuming) open() error {
 			g.opened, g.info = true, info
 			g.off, g.left, _ = g.rg.Resolve(info.Size)
 		}
+		watch.Stop() // until somebody reads
 		g.body, g.cancel, g.watch = body, cancel, watch
 		return nil
 	})
 }
 
-func (g *resuming) Read(p []byte) (int, error) {
+func (g *resuming) Read(p []byte) (n int, err error) {
+	if g.err == nil {
+		n, g.err = g.read(p)
+	}
+	return n, g.err
+}
+
+func (g *resuming) read(p []byte) (int, error) {
 	for {
 		if g.left == 0 {
 			return 0, io.EOF
@@ -279,7 +318,7 @@ func (g *resuming) Read(p []byte) (int, error) {
 		if stalled {
 			kind = ErrTimeout
 		}
-		if g.tries++; g.tries >= g.r.p.Tries || !g.r.spend() {
+		if g.tries >= g.r.p.Tries || !g.r.spend() {
 			return 0, &Error{Op: "get", Key: g.key, Kind: kind, Retryable: true, Err: err}
 		}
 		g.r.m.retries.WithLabelValues(kind.Error()).Inc()
