@@ -49,18 +49,23 @@ type Step struct {
 	// Status and Code answer instead of the store; RetryAfter is sent along, in seconds.
 	Status, RetryAfter int
 	Code               string
+	// Body is sent with Status instead of an error document; Early: before the request's body is read.
+	Body  string
+	Early bool
 	// Effect: what was asked for is done all the same.
 	Effect bool
 	// Reset breaks the connection instead of answering; with Effect the answer is lost.
 	Reset bool
 	// Cut ends the body of a GET after so many bytes, though its Content-Length promises more.
 	Cut int
-	// Flip changes a bit of the body's byte number Flip-1.
+	// Flip changes a bit of the body's byte number Flip-1: of a PUT on its way in, of a GET on its way out.
 	Flip int
 	// Stall stops the body of a GET after so many bytes, until the client gives up.
 	Stall int
 	// Silent does not answer at all, until the client gives up.
 	Silent bool
+	// Whole answers a GET with the whole object, whatever part was asked for.
+	Whole bool
 	// ETag is told instead of the object's.
 	ETag string
 	// Date moves the Date header.
@@ -126,7 +131,15 @@ func (d *Double) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	op := opOf(r, key)
 	s := d.take(op, key)
 	w.Header().Set("Date", time.Now().Add(s.Date).UTC().Format(http.TimeFormat))
+	if s.Early {
+		w.Header().Set("Connection", "close")
+		fail(w, s.Status, s.Code, "scripted")
+		return
+	}
 	body, err := readBody(r)
+	if op == "put" && s.Flip > 0 && s.Flip <= len(body) {
+		body[s.Flip-1] ^= 1
+	}
 	if err != nil {
 		fail(w, http.StatusBadRequest, "IncompleteBody", err.Error())
 		return
@@ -144,6 +157,11 @@ func (d *Double) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		if s.RetryAfter > 0 {
 			w.Header().Set("Retry-After", strconv.Itoa(s.RetryAfter))
+		}
+		if s.Code == "" && s.Status == http.StatusOK {
+			w.Header().Set("Content-Type", "application/xml")
+			_, _ = io.WriteString(w, s.Body)
+			return
 		}
 		fail(w, s.Status, s.Code, "scripted")
 		return
@@ -285,7 +303,7 @@ func (d *Double) get(w http.ResponseWriter, r *http.Request, op, key string, s S
 		h.Set("X-Amz-Checksum-Crc32c", o.crc)
 	}
 	data, status := o.data, http.StatusOK
-	if spec := r.Header.Get("Range"); spec != "" {
+	if spec := r.Header.Get("Range"); spec != "" && !s.Whole {
 		from, to, ok := rangeOf(spec, len(data))
 		if !ok {
 			fail(w, http.StatusRequestedRangeNotSatisfiable, "InvalidRange", spec)

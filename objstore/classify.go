@@ -45,7 +45,8 @@ func Classify(status int, code string) *Error {
 		return set(ErrThrottled, true)
 	case status == 501:
 		return set(ErrUnsupported, false)
-	case status == 0 || status >= 500 || strings.HasPrefix(code, "Internal"):
+	case status < 300 || status >= 500 || // with no error's status the answer itself is broken
+		strings.HasPrefix(code, "Internal"):
 		return set(ErrUnavailable, true)
 	}
 	return set(ErrUnsupported, false)

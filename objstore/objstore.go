@@ -266,6 +266,22 @@ func (p *prefixed) StoreTime() (time.Time, bool) {
 	return time.Time{}, false
 }
 
+// SizeOf returns the size of an object that a store has answered a ranged GET from, with n bytes and a Content-Range header or none. It fails with ErrUnsupported if
+// these are other bytes than were asked for, as from a store or a proxy that takes no notice of ranges.
+func (r Range) SizeOf(n int64, contentRange string) (size int64, err error) {
+	first, size := int64(0), n
+	if contentRange != "" {
+		var last int64
+		if _, err := fmt.Sscanf(contentRange, "bytes %d-%d/%d", &first, &last, &size); err != nil {
+			return 0, fmt.Errorf("%w: Content-Range %q", ErrUnsupported, contentRange)
+		}
+	}
+	if off, _, ok := r.Resolve(size); !ok || off != first {
+		return 0, fmt.Errorf("%w: range %+v was asked for, what came begins at %d of %d", ErrUnsupported, r, first, size)
+	}
+	return size, nil
+}
+
 // ReadFull reads a range whole. A short answer is ErrTruncated.
 func ReadFull(ctx context.Context, b Bucket, key string, r Range, p []byte) error {
 	rc, _, err := b.Get(ctx, key, r)

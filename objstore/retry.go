@@ -3,6 +3,7 @@ package objstore
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"iter"
 	"maps"
@@ -173,13 +174,49 @@ func (r *retrying) Put(ctx context.Context, key string, b Body, o PutOptions) (i
 	}
 	limit := r.p.PutBase + time.Duration(b.Size)*time.Second/time.Duration(r.p.PutRate)
 	err = r.do(ctx, "put", limit, func(ctx context.Context) error {
-		info, err = r.Bucket.Put(ctx, key, b, o)
+		body := &lent{r: b.R}
+		info, err = r.Bucket.Put(ctx, key, Body{body, b.Size}, o)
+		if berr := body.back(); berr != nil && err != nil {
+			return fmt.Errorf("put %s: reading the body: %w", key, berr) // not the store's fault, and no better the next time
+		}
 		if err == nil {
 			r.m.bytes.WithLabelValues("out").Add(float64(b.Size))
 		}
 		return err
 	})
 	return info, err
+}
+
+// lent is the body of one try. Who sends it may still be at it when the try is over: from then on it cannot be read.
+type lent struct {
+	mu   sync.Mutex
+	r    io.ReaderAt
+	err  error
+	over bool
+}
+
+var errOver = errors.New("the request is over")
+
+// ReadAt implements io.ReaderAt.
+func (l *lent) ReadAt(p []byte, off int64) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.over {
+		return 0, errOver
+	}
+	n, err := l.r.ReadAt(p, off)
+	if err != nil && err != io.EOF && l.err == nil {
+		l.err = err
+	}
+	return n, err
+}
+
+// back takes it back and returns the error of reading it.
+func (l *lent) back() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.over = true
+	return l.err
 }
 
 // Head implements Bucket.

@@ -146,7 +146,7 @@ func TestClassify(t *testing.T) {
 		{500, "InternalError", objstore.ErrUnavailable, true}, {412, "PreconditionFailed", objstore.ErrPrecondition, false}, {409, "ConditionalRequestConflict", objstore.ErrConflict, true},
 		{403, "AccessDenied", objstore.ErrAccess, false}, {400, "ExpiredToken", objstore.ErrExpiredCredentials, false}, {403, "InvalidAccessKeyId", objstore.ErrExpiredCredentials, false},
 		{301, "PermanentRedirect", objstore.ErrRegion, false}, {416, "InvalidRange", objstore.ErrRange, false}, {400, "BadDigest", objstore.ErrCorrupt, true}, {501, "NotImplemented", objstore.ErrUnsupported, false},
-		{0, "", objstore.ErrUnavailable, true}} {
+		{0, "", objstore.ErrUnavailable, true}, {200, "", objstore.ErrUnavailable, true}, {400, "Whatever", objstore.ErrUnsupported, false}} {
 		if e := objstore.Classify(c.status, c.code); !errors.Is(e, c.want) || e.Retryable != c.retry {
 			t.Errorf("%d %s: %v retry %v", c.status, c.code, e.Kind, e.Retryable)
 		}

@@ -146,12 +146,8 @@ func (b *Bucket) Get(ctx context.Context, key string, r objstore.Range) (io.Read
 		return nil, objstore.Info{}, b.fault(ctx, "get", key, err)
 	}
 	info := infoOf(key, stat)
-	if total, ok := strings.CutPrefix(hdr.Get("Content-Range"), "bytes "); ok {
-		if _, size, ok := strings.Cut(total, "/"); ok {
-			if n, err := strconv.ParseInt(size, 10, 64); err == nil {
-				info.Size = n
-			}
-		}
+	if info.Size, err = r.SizeOf(info.Size, hdr.Get("Content-Range")); err != nil {
+		return nil, objstore.Info{}, &objstore.Error{Op: "get", Key: key, Kind: objstore.ErrUnsupported, Err: errors.Join(err, body.Close())}
 	}
 	return body, info, nil
 }
@@ -218,6 +214,12 @@ func (b *Bucket) Delete(ctx context.Context, keys ...string) error {
 		}
 		close(ch)
 		for e := range b.core.RemoveObjects(ctx, b.bucket, ch, minio.RemoveObjectsOptions{}) {
+			if e.ObjectName == "" { // of the request as a whole
+				for _, k := range keys[:n] {
+					failed[k] = b.fault(ctx, "delete", k, e.Err)
+				}
+				continue
+			}
 			failed[e.ObjectName] = b.fault(ctx, "delete", e.ObjectName, e.Err)
 		}
 		keys = keys[n:]

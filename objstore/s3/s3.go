@@ -136,10 +136,8 @@ func (b *Bucket) Get(ctx context.Context, key string, r objstore.Range) (io.Read
 		return nil, objstore.Info{}, b.fault(ctx, "get", key, err)
 	}
 	info := objstore.Info{Key: key, Size: aws.ToInt64(out.ContentLength), ETag: aws.ToString(out.ETag), Modified: aws.ToTime(out.LastModified), WriterID: out.Metadata[writerMeta]}
-	if _, size, ok := strings.Cut(aws.ToString(out.ContentRange), "/"); ok {
-		if n, err := strconv.ParseInt(size, 10, 64); err == nil {
-			info.Size = n
-		}
+	if info.Size, err = r.SizeOf(info.Size, aws.ToString(out.ContentRange)); err != nil {
+		return nil, objstore.Info{}, &objstore.Error{Op: "get", Key: key, Kind: objstore.ErrUnsupported, Err: errors.Join(err, out.Body.Close())}
 	}
 	return out.Body, info, nil
 }
