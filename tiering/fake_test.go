@@ -35,6 +35,10 @@ type fake struct {
 	commits int
 	// distrust: nothing may expire.
 	distrust bool
+	// pinned is what Pinned says; rehomed notes what was written again.
+	pinned  int64
+	rehomed []record.Offset
+	order   []segment.Number // of commits
 	// fail is asked before (and, with the name + " done", after) each change; its error is returned.
 	fail func(step string) error
 }
@@ -80,6 +84,26 @@ func (f *fake) retain(tp record.TopicPartition, ms int64, class segment.Class) {
 	f.part(tp).retentionMs, f.part(tp).class = ms, class
 }
 
+// appendAt adds a batch with a record for each timestamp.
+func (f *fake) appendAt(tp record.TopicPartition, times ...record.Timestamp) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	p := f.part(tp)
+	w := record.NewBuilder(record.CodecNone)
+	for _, at := range times {
+		w.Add(at, nil, []byte("v"))
+	}
+	b, err := w.Batch()
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	record.PatchHeader(b, p.end, 1)
+	p.batches = append(p.batches, b)
+	p.end += record.Offset(len(times))
+	close(f.changed)
+	f.changed = make(chan struct{})
+}
+
 // append adds batches of about size bytes, two records each.
 func (f *fake) append(tp record.TopicPartition, batches, size int) {
 	f.mu.Lock()
@@ -117,7 +141,7 @@ func (f *fake) failing(fail func(string) error) {
 
 func (p *fakePart) hot() (out []record.Batch) {
 	for _, b := range p.batches {
-		if b.BaseOffset() >= p.sealed {
+		if b.LastOffset() >= p.sealed { // the log start may lie within a batch
 			out = append(out, b)
 		}
 	}
@@ -182,7 +206,11 @@ func (f *fake) hotRange(tp record.TopicPartition) (HotRange, bool) {
 	return HotRange{TP: tp, Start: p.sealed, End: p.end - 1, Bytes: sizeOf(hot), Class: p.class, Epochs: []segment.EpochStart{{Epoch: 1}}}, true
 }
 
-func (f *fake) Pinned(record.ShardID) int64 { return 0 }
+func (f *fake) Pinned(record.ShardID) int64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.pinned
+}
 
 func (f *fake) HotBytes(record.ShardID) (n int64) {
 	f.mu.Lock()
@@ -238,7 +266,7 @@ func (f *fake) Batches(_ context.Context, _ record.ShardID, r HotRange, most int
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for i, b := range f.part(r.TP).batches {
-		if b.BaseOffset() < r.Start || b.LastOffset() > r.End || len(out) > 0 && most < int64(len(b)) {
+		if b.LastOffset() < r.Start || b.LastOffset() > r.End || len(out) > 0 && most < int64(len(b)) {
 			continue
 		}
 		most -= int64(len(b))
@@ -303,10 +331,12 @@ func (f *fake) Commit(ctx context.Context, c segment.Object, runs []segment.Part
 		switch {
 		case repeated:
 			verdicts[i] = Accepted
-		case r.StartOffset == p.sealed && r.EndOffset < p.end:
-			verdicts[i] = Accepted
+		case r.StartOffset <= p.sealed && r.EndOffset >= p.sealed && r.EndOffset < p.end:
+			if verdicts[i] = Accepted; r.StartOffset < p.sealed {
+				verdicts[i] = Trimmed
+			}
+			r.Run.StartOffset, r.Run.Object = p.sealed, c.Number
 			p.runs, p.sealed = append(p.runs, r.Run), r.EndOffset+1
-			p.runs[len(p.runs)-1].Object = c.Number
 			o.LiveRuns++
 		}
 	}
@@ -314,6 +344,7 @@ func (f *fake) Commit(ctx context.Context, c segment.Object, runs []segment.Part
 		o.State = segment.Tombstoned
 	}
 	f.commits++
+	f.order = append(f.order, c.Number)
 	f.mu.Unlock()
 	if err := f.step("commit done"); err != nil {
 		return nil, err
@@ -321,8 +352,18 @@ func (f *fake) Commit(ctx context.Context, c segment.Object, runs []segment.Part
 	return verdicts, nil
 }
 
-func (f *fake) Rehome(context.Context, record.ShardID, record.TopicPartition, []HotBatch) error {
-	return errors.New("not here")
+// Rehome notes the last offset of each batch.
+func (f *fake) Rehome(_ context.Context, _ record.ShardID, _ record.TopicPartition, batches []HotBatch) error {
+	if err := f.step("rehome"); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for i := range batches {
+		f.rehomed = append(f.rehomed, record.Batch(batches[i].Header[:]).LastOffset())
+	}
+	f.pinned = 0
+	return nil
 }
 
 func (f *fake) AdvanceLogStart(_ context.Context, tp record.TopicPartition, to record.Offset) error {

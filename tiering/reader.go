@@ -389,25 +389,31 @@ func (r *Reader) timeInHot(ctx context.Context, tp record.TopicPartition, ts rec
 		if h.MaxTimestamp() < ts {
 			return true, nil
 		}
-		res, err := r.hot.ReadHot(ctx, tp, max(h.BaseOffset(), from), Limits{MaxBytes: 1, AtLeastOne: true, UpTo: h.LastOffset() + 1})
-		if err != nil || res.Bytes == 0 {
-			return false, err
-		}
-		var data []byte
-		for _, b := range res.Buffers {
-			data = append(data, b...)
-		}
-		if res.Release != nil {
-			res.Release()
-		}
-		b, _, err := record.Next(data)
-		if err != nil {
+		b, err := r.hotBatch(ctx, tp, h, from)
+		if err != nil || b == nil {
 			return false, err
 		}
 		off, at, ok, err = record.FirstAtOrAfter(b, ts, from)
 		return !ok, err
 	})
 	return off, at, ok, err
+}
+
+// hotBatch reads the hot batch whose header is h; nil if it is not there any more.
+func (r *Reader) hotBatch(ctx context.Context, tp record.TopicPartition, h record.Batch, from record.Offset) (record.Batch, error) {
+	res, err := r.hot.ReadHot(ctx, tp, max(h.BaseOffset(), from), Limits{MaxBytes: 1, AtLeastOne: true, UpTo: h.LastOffset() + 1})
+	if err != nil || res.Bytes == 0 {
+		return nil, err
+	}
+	var data []byte
+	for _, b := range res.Buffers {
+		data = append(data, b...)
+	}
+	if res.Release != nil {
+		res.Release()
+	}
+	b, _, err := record.Next(data)
+	return b, err
 }
 
 // eachHot calls f with the header of every hot batch that ends at or behind `from`, until f says stop.
@@ -447,16 +453,72 @@ func (r *Reader) MaxTimestamp(ctx context.Context, tp record.TopicPartition, upT
 			break
 		}
 		for i := range runs {
-			best = max(best, runs[i].Run.MaxTimestamp)
+			newest := runs[i].Run.MaxTimestamp
+			if from == b.LogStart && newest > best { // the log may begin within this run, behind its newest record
+				if newest, err = r.newestInRun(ctx, &runs[i], from); err != nil {
+					return 0, 0, false, fmt.Errorf("%w: %w", ErrStorage, err)
+				}
+			}
+			best = max(best, newest)
 			from = runs[i].Run.EndOffset + 1
 		}
 	}
 	err = r.eachHot(ctx, tp, b.LogStart, func(h record.Batch) (bool, error) {
-		best = max(best, h.MaxTimestamp())
+		newest := h.MaxTimestamp()
+		if h.BaseOffset() < b.LogStart && newest > best {
+			x, err := r.hotBatch(ctx, tp, h, b.LogStart)
+			if err != nil {
+				return false, err
+			}
+			if x == nil {
+				return true, nil
+			}
+			if _, newest, err = record.MaxRecord(x, b.LogStart); err != nil {
+				return false, err
+			}
+		}
+		best = max(best, newest)
 		return true, nil
 	})
 	if err != nil || best < 0 {
 		return 0, 0, false, err
 	}
 	return r.OffsetForTimestamp(ctx, tp, best, upTo)
+}
+
+// newestInRun returns the largest timestamp of a run's records from `from` on.
+func (r *Reader) newestInRun(ctx context.Context, ref *RunRef, from record.Offset) (best record.Timestamp, err error) {
+	idx, err := r.index(ctx, ref)
+	if err != nil {
+		return -1, err
+	}
+	best = -1
+	for _, blk := range idx.blocks {
+		switch {
+		case blk.Last < from:
+		case blk.First >= from:
+			best = max(best, blk.MaxTimestamp)
+		default:
+			c, _, err := r.chunkAt(ctx, ref, from, false)
+			if err != nil {
+				return -1, err
+			}
+			for data := c.data; len(data) > 0; {
+				var b record.Batch
+				if b, data, err = record.Next(data); err != nil {
+					return -1, err
+				}
+				newest := b.MaxTimestamp()
+				if b.BaseOffset() < from && b.LastOffset() >= from {
+					if _, newest, err = record.MaxRecord(b, from); err != nil {
+						return -1, err
+					}
+				}
+				if b.LastOffset() >= from {
+					best = max(best, newest)
+				}
+			}
+		}
+	}
+	return best, nil
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -316,4 +317,244 @@ func TestDamageIsToldToWhoDoesNotWait(t *testing.T) {
 			t.Errorf("after it has passed: %d bytes, %v", res.Bytes, err)
 		}
 	})
+}
+
+// Where a read begins and ends: whole batches, the first may begin before the offset, none at or above UpTo, none beyond MaxBytes but the first.
+func TestReadLimits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t)
+		r := newRig(t, f, nil)
+		defer r.stop()
+		f.append(partition(1), 10, 1000)
+		sleep(2 * time.Minute)
+		size := len(f.parts[partition(1)].batches[0])
+		for _, c := range []struct {
+			name string
+			from record.Offset
+			l    Limits
+			n    int // batches
+			next record.Offset
+			err  error
+		}{
+			{"all", 0, Limits{1 << 20, true, 20}, 10, 20, nil},
+			{"the middle of a batch", 3, Limits{1 << 20, true, 20}, 9, 20, nil},
+			{"one byte", 4, Limits{1, true, 20}, 1, 6, nil},
+			{"one byte, and not one at least", 4, Limits{1, false, 20}, 0, 4, nil},
+			{"two batches", 4, Limits{2 * size, true, 20}, 2, 8, nil},
+			{"a byte less than two", 4, Limits{2*size - 1, true, 20}, 1, 6, nil},
+			{"up to a batch", 4, Limits{1 << 20, true, 8}, 2, 8, nil},
+			{"up to the middle of one: it begins below", 4, Limits{1 << 20, true, 9}, 3, 10, nil},
+			{"at the limit", 8, Limits{1 << 20, true, 8}, 0, 8, nil},
+			{"above it", 9, Limits{1 << 20, true, 8}, 0, 9, nil},
+			{"the end", 20, Limits{1 << 20, true, 20}, 0, 20, nil},
+			{"above the end", 21, Limits{1 << 20, true, 30}, 0, 0, ErrOutOfRange},
+			{"below the start", -1, Limits{1 << 20, true, 20}, 0, 0, ErrOutOfRange},
+		} {
+			res, err := r.reader.Read(t.Context(), partition(1), c.from, c.l)
+			if !errors.Is(err, c.err) || (err == nil) != (c.err == nil) {
+				t.Errorf("%s: %v", c.name, err)
+				continue
+			}
+			var want []byte
+			for i := range c.n {
+				want = append(want, f.parts[partition(1)].batches[int(c.from)/2+i]...)
+			}
+			if got := bytes.Join(res.Buffers, nil); !bytes.Equal(got, want) || res.Bytes != len(want) || res.Next != c.next {
+				t.Errorf("%s: %d bytes (%d said), next %d; want %d bytes, next %d", c.name, len(got), res.Bytes, res.Next, len(want), c.next)
+			}
+		}
+		if _, err := r.reader.Read(t.Context(), partition(9), 0, Limits{UpTo: 1}); !errors.Is(err, ErrUnknownPartition) {
+			t.Errorf("a partition that is not there: %v", err)
+		}
+	})
+}
+
+// The GETs that are under way for readers are bounded.
+func TestColdReadsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, _ := rangedRig(t, func(c *Config) { c.ColdReads = 2 })
+		defer r.stop()
+		var mu sync.Mutex
+		under, most, gate := 0, 0, make(chan struct{})
+		r.fault.Set(objstore.Rule{Op: "get", P: 1, Hook: func(string) {
+			mu.Lock()
+			under++
+			most = max(most, under)
+			mu.Unlock()
+			<-gate
+			mu.Lock()
+			under--
+			mu.Unlock()
+		}})
+		var wg sync.WaitGroup
+		for _, ref := range r.Runs(partition(1), 0, 100) {
+			for _, at := range []record.Offset{ref.Run.StartOffset, ref.Run.EndOffset} {
+				wg.Go(func() {
+					if _, err := r.one(t.Context(), at); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+		}
+		synctest.Wait()
+		mu.Lock()
+		if under != 2 {
+			t.Errorf("%d GETs are under way, want 2", under)
+		}
+		mu.Unlock()
+		close(gate)
+		wg.Wait()
+		synctest.Wait()
+		if most > 2 {
+			t.Errorf("%d GETs at once", most)
+		}
+	})
+}
+
+// The readers that are remembered are bounded; the one that was here last is known.
+func TestStreamsAreBounded(t *testing.T) {
+	f := newFake(t)
+	r := NewReader(New(Config{}, f, f.bucket), f)
+	defer r.Close()
+	tp := func(n int) record.TopicPartition { return record.TopicPartition{Partition: int32(n)} }
+	for n := range streamsMax + 10 {
+		r.remember(tp(n), 5, 2)
+		r.remember(tp(0), 5, 2) // which is always here
+	}
+	if len(r.streams) != streamsMax || r.recent.Len() != streamsMax {
+		t.Errorf("%d readers are remembered, %d in order", len(r.streams), r.recent.Len())
+	}
+	for n, want := range map[int]int{0: 4, 1: 1, streamsMax + 9: 4} {
+		if got := r.sequential(tp(n), 5); got != want {
+			t.Errorf("partition %d: %d ahead, want %d", n, got, want)
+		}
+	}
+	if got := r.sequential(tp(0), 6); got != 1 {
+		t.Errorf("elsewhere: %d ahead", got)
+	}
+}
+
+// What happens while a read is under way: its partition expires, its bytes turn out to be hot again, its chunk in the cache to be none.
+func TestChangesDuringARead(t *testing.T) {
+	run := func(name string, f func(*testing.T, *rig)) {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r, _ := rangedRig(t, nil)
+				defer r.stop()
+				f(t, r)
+			})
+		})
+	}
+	run("expired and deleted", func(t *testing.T, r *rig) {
+		ref := r.Runs(partition(1), 0, 1)[0]
+		r.fault.Set(objstore.Rule{Op: "get", P: 1, Times: 1, Hook: func(string) {
+			r.advance(partition(1), ref.Run.EndOffset+1)
+			_ = r.bucket.Delete(context.Background(), ref.Object.Key())
+		}})
+		if _, err := r.one(t.Context(), 0); !errors.Is(err, ErrOutOfRange) {
+			t.Errorf("%v", err)
+		}
+	})
+	run("hot after all", func(t *testing.T, r *rig) {
+		at := r.Runs(partition(1), 100, 1)[0].Run.StartOffset
+		r.fault.Set(objstore.Rule{Op: "get", P: 1, Err: &objstore.Error{Op: "get", Kind: objstore.ErrNotFound}})
+		reader := NewReader(New(r.tier.cfg.again(), r.fake, r.fault), &lateHot{fake: r.fake})
+		defer reader.Close()
+		res, err := reader.Read(t.Context(), partition(1), at, Limits{MaxBytes: 1, AtLeastOne: true, UpTo: 1 << 40})
+		if err != nil || string(bytes.Join(res.Buffers, nil)) != "hot" {
+			t.Errorf("%v", err)
+		}
+		r.fault.Set()
+	})
+	run("no batches in the cache", func(t *testing.T, r *rig) {
+		ref := r.Runs(partition(1), 250, 1)[0]
+		at := ref.Run.StartOffset
+		if _, err := r.one(t.Context(), at); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		c := r.reader.cache
+		c.mu.Lock()
+		c.m[keyOf(&ref, 0)].Value.(*cached).c.data = make([]byte, 100)
+		c.size, c.ahead = 0, 0 // counts are of no interest here
+		c.mu.Unlock()
+		if res, err := r.one(t.Context(), at); err != nil || res.Bytes == 0 {
+			t.Errorf("%d bytes, %v", res.Bytes, err)
+		}
+	})
+}
+
+// again is the configuration for another Tiering: its metrics have a registry of their own.
+func (c Config) again() Config { c.Registerer = nil; return c }
+
+// lateHot has nothing at the first look.
+type lateHot struct {
+	*fake
+	looks int
+}
+
+func (h *lateHot) ReadHot(context.Context, record.TopicPartition, record.Offset, Limits) (Result, error) {
+	if h.looks++; h.looks == 1 {
+		return Result{}, ErrNotLocal
+	}
+	return Result{Buffers: [][]byte{[]byte("hot")}, Bytes: 3, Next: 1}, nil
+}
+
+// Looking records up by time, in objects and in what is hot, gives what looking at all of them gives: random timestamps, log starts within a batch, limits.
+func TestTimestampsBesideATwin(t *testing.T) {
+	for seed := range uint64(30) {
+		synctest.Test(t, func(t *testing.T) {
+			rng := rand.New(rand.NewPCG(seed, 3))
+			f := newFake(t)
+			r := newRig(t, f, func(c *Config) { c.SealAge = time.Minute })
+			defer r.stop()
+			tp := partition(1)
+			var all []record.Timestamp
+			batches := func(n int) {
+				for range n {
+					var times []record.Timestamp
+					for range 1 + rng.IntN(4) {
+						times = append(times, record.Timestamp(rng.IntN(50)))
+					}
+					f.appendAt(tp, times...)
+					all = append(all, times...)
+				}
+			}
+			for range 1 + rng.IntN(3) {
+				batches(rng.IntN(8))
+				sleep(2 * time.Minute) // sealed
+			}
+			batches(rng.IntN(5)) // hot
+			start := record.Offset(0)
+			if len(all) > 0 && rng.IntN(3) > 0 {
+				start = record.Offset(rng.IntN(len(all)))
+				f.advance(tp, start)
+			}
+			if len(all) == 0 {
+				return
+			}
+			first := func(ts record.Timestamp) (record.Offset, record.Timestamp, bool) {
+				for i := int(start); i < len(all); i++ {
+					if all[i] >= ts {
+						return record.Offset(i), all[i], true
+					}
+				}
+				return 0, 0, false
+			}
+			for range 40 {
+				ts, upTo := record.Timestamp(rng.IntN(52)), record.Offset(rng.IntN(len(all)+2))
+				wantOff, wantAt, found := first(ts)
+				off, at, ok, err := r.reader.OffsetForTimestamp(t.Context(), tp, ts, upTo)
+				if err != nil || ok != (found && wantOff < upTo) || ok && (off != wantOff || at != wantAt) {
+					t.Fatalf("seed %d, %d records from %d, at or after %d, up to %d: %d %d %v %v, want %d %d %v", seed, len(all), start, ts, upTo, off, at, ok, err, wantOff, wantAt, found)
+				}
+			}
+			best := slices.Max(all[start:])
+			wantOff, _, _ := first(best)
+			off, at, ok, err := r.reader.MaxTimestamp(t.Context(), tp, record.Offset(len(all)))
+			if err != nil || !ok || off != wantOff || at != best {
+				t.Fatalf("seed %d, %d records from %d: maximum %d at %d (%v, %v), want %d at %d", seed, len(all), start, at, off, ok, err, best, wantOff)
+			}
+		})
+	}
 }

@@ -366,3 +366,88 @@ func TestAnnouncedChecksum(t *testing.T) {
 		}
 	})
 }
+
+// What is uploaded at once is committed in the order of the round, whichever is done first.
+func TestCommitsInOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t)
+		r := newRig(t, f, nil)
+		defer r.stop()
+		r.fault.Set(objstore.Rule{Op: "put", P: 1, Hook: func(key string) {
+			if strings.Contains(key, "/keep/") { // the first of the round
+				time.Sleep(time.Minute)
+			}
+		}})
+		want := []segment.Class{segment.ClassKeep, 5, 3}
+		for n, class := range want {
+			f.retain(partition(byte(n+1)), -1, class)
+			f.append(partition(byte(n+1)), 1, 1000)
+		}
+		sleep(119 * time.Second)
+		f.mu.Lock()
+		if len(f.order) > 0 {
+			t.Errorf("%d were committed before the first was there", len(f.order))
+		}
+		f.mu.Unlock()
+		sleep(2 * time.Minute)
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		var got []segment.Class
+		for _, n := range f.order {
+			got = append(got, f.objects[n].Plan.Class)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("committed %v, want %v", got, want)
+		}
+	})
+}
+
+// Small batches that keep much of the log from being freed are written again, those of larger partitions not; one that fails keeps no other from it.
+func TestRehoming(t *testing.T) {
+	for _, fail := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFake(t)
+			r := newRig(t, f, func(c *Config) { c.SealBytes, c.SealAge = 10<<20, time.Hour })
+			defer r.stop()
+			if fail {
+				n := 0
+				f.failing(func(step string) error {
+					if step != "rehome" {
+						return nil
+					}
+					if n++; n == 1 {
+						return errors.New("no leader")
+					}
+					return nil
+				})
+			}
+			f.retain(partition(3), -1, 5)
+			round := func() { // enough in all, and not in one class
+				f.append(partition(1), 3, 10_000)
+				f.append(partition(2), 5, 1_000_000)
+				f.append(partition(3), 52, 100_000)
+				f.append(partition(4), 1, 10)
+				synctest.Wait()
+			}
+			round()
+			if len(f.rehomed) > 0 {
+				t.Fatalf("written again without need: %v", f.rehomed)
+			}
+			f.mu.Lock()
+			f.pinned = 2 << 30
+			f.mu.Unlock()
+			f.append(partition(4), 3, 1_000_000) // a quarter of an object more: look again
+			synctest.Wait()
+			want := []record.Offset{1, 3, 5, 1, 3, 5, 7}
+			if fail {
+				want = want[3:]
+			}
+			if !slices.Equal(f.rehomed, want) {
+				t.Errorf("written again up to %v, want %v", f.rehomed, want)
+			}
+			if n := testutil.ToFloat64(r.tier.m.rehomed); n != float64(len(want)) {
+				t.Errorf("%v counted", n)
+			}
+		})
+	}
+}

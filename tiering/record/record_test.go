@@ -81,8 +81,13 @@ func TestTimestampLookup(t *testing.T) {
 				t.Errorf("%s: at or after %d from %d: %d %d %v %v, want %d %d %v", c, q.ts, q.from, off, at, ok, err, q.off, q.at, q.ok)
 			}
 		}
-		if off, at, err := MaxRecord(b); off != 12 || at != 300 || err != nil {
-			t.Errorf("%s: max: %d %d %v", c, off, at, err)
+		for _, q := range []struct {
+			from, off Offset
+			at        Timestamp
+		}{{0, 12, 300}, {13, 13, 300}, {14, 14, 20}} {
+			if off, at, err := MaxRecord(b, q.from); off != q.off || at != q.at || err != nil {
+				t.Errorf("%s: max from %d: %d %d %v", c, q.from, off, at, err)
+			}
 		}
 	}
 }

@@ -402,11 +402,11 @@ func FirstAtOrAfter(b Batch, ts Timestamp, from Offset) (off Offset, at Timestam
 	return off, at, ok, err
 }
 
-// MaxRecord returns the first record of b that has the batch's largest timestamp.
-func MaxRecord(b Batch) (off Offset, at Timestamp, err error) {
+// MaxRecord returns the first record of b from offset `from` on with the largest timestamp of these.
+func MaxRecord(b Batch, from Offset) (off Offset, at Timestamp, err error) {
 	at = noTimestamp
 	err = eachTime(b, func(o Offset, t Timestamp) bool {
-		if t > at {
+		if t > at && o >= from {
 			off, at = o, t
 		}
 		return true
