@@ -172,8 +172,8 @@ func (c *cache) flyLocked(key chunkKey, ahead int64, fetch func(context.Context)
 			}
 			c.failed[key] = failure{f.err, time.Now().Add(failureKept)}
 		}
-		c.mu.Unlock()
 		close(f.done)
+		c.mu.Unlock()
 	})
 	return f
 }
@@ -192,6 +192,11 @@ func (c *cache) get(ctx context.Context, key chunkKey, fetch func(context.Contex
 	case <-ctx.Done():
 		c.mu.Lock()
 		defer c.mu.Unlock()
+		select {
+		case <-f.done: // just now
+			return f.c, f.err
+		default:
+		}
 		f.waiting--
 		f.left = true
 		return nil, fmt.Errorf("%w: %w", errPending, ctx.Err())

@@ -558,3 +558,33 @@ func TestTimestampsBesideATwin(t *testing.T) {
 		})
 	}
 }
+
+// Somebody who reads all of a partition, more than the cache holds, does not push out what others read again and again: what it has finished goes first.
+func TestCatchUpLeavesWhatOthersRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, b := rangedRig(t, func(c *Config) { c.CacheBytes = 12 << 20 })
+		defer r.stop()
+		r.append(partition(2), 10, 10_000)
+		sleep(2 * time.Minute)
+		r.check(t, partition(2))
+		synctest.Wait()
+		b.take()
+		bounds, _ := r.Bounds(partition(1))
+		for range 2 {
+			for at := record.Offset(0); at < bounds.HighWatermark; {
+				res, err := r.reader.Read(t.Context(), partition(1), at, Limits{MaxBytes: 1 << 20, AtLeastOne: true, UpTo: bounds.HighWatermark})
+				if err != nil || res.Next <= at {
+					t.Fatalf("at %d: %v", at, err)
+				}
+				at = res.Next
+				synctest.Wait()
+			}
+		}
+		b.take()
+		r.check(t, partition(2))
+		synctest.Wait()
+		if gets := b.take(); len(gets) > 0 {
+			t.Errorf("what was read before had to be fetched again: %v", gets)
+		}
+	})
+}
