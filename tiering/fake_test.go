@@ -427,8 +427,8 @@ func (f *fake) sweep() {
 func (f *fake) Doomed(record.ShardID) (out []segment.Object) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for _, n := range slices.Sorted(maps.Keys(f.objects)) {
-		if o := f.objects[n]; o.State == segment.Tombstoned {
+	for n := range f.number {
+		if o := f.objects[n+1]; o != nil && o.State == segment.Tombstoned {
 			out = append(out, *o)
 		}
 	}

@@ -225,7 +225,7 @@ func TestOutageOfHours(t *testing.T) {
 					deletes++
 				}
 			}
-			if most := 120*failuresPerPass + 25; deletes > most {
+			if most := 120*3 + 25; deletes > most {
 				t.Errorf("hour %d: %d DELETEs, at most %d are expected", h, deletes, most)
 			}
 			if most := 3600/15 + 25; puts < 3600/45 || puts > most { // a pause of 15 to 45 s when it is longest, and the retrier's budget

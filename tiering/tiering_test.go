@@ -154,14 +154,14 @@ func TestEveryStepMayFail(t *testing.T) {
 					if n := f.HotBytes(shard); n != 0 {
 						t.Errorf("%d bytes are not sealed", n)
 					}
-					time.Sleep(72 * time.Hour) // the partition's retention, an upload's time, its late deletion
+					time.Sleep(40 * time.Hour) // the partition's retention, an upload's time, its late deletion
 					if !met.Load() {
 						t.Fatal("the step was not met")
 					}
 					if crash && late {
 						r.stop()
 						r = newRig(t, f, small)
-						time.Sleep(72 * time.Hour)
+						time.Sleep(40 * time.Hour)
 					}
 					if got, want := f.keys(), f.live(); !slices.Equal(got, want) {
 						t.Errorf("the bucket has\n%s\nlive are\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
