@@ -243,3 +243,45 @@ func TestRetryBudgetIsEarnedAgain(t *testing.T) {
 		}
 	})
 }
+
+// Once Put has returned its body is not read any more, whatever the transport is still doing: its owner may have closed what it reads from.
+func TestBodyIsGivenBack(t *testing.T) {
+	k := &keeper{Bucket: mem.New()}
+	b := objstore.Retry(k, quick, nil)
+	lent := &countedBody{data: "value"}
+	if _, err := b.Put(t.Context(), "k.x", objstore.Body{R: lent, Size: 5}, objstore.PutOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	before := lent.reads
+	for _, body := range k.bodies {
+		if n, err := body.R.ReadAt(make([]byte, 5), 0); n > 0 || err == nil {
+			t.Errorf("%d bytes were read after the Put", n)
+		}
+	}
+	if lent.reads != before || len(k.bodies) != 2 || before == 0 {
+		t.Errorf("%d reads during the Put, %d after it, %d tries", before, lent.reads-before, len(k.bodies))
+	}
+}
+
+// keeper keeps bodies, and refuses the first.
+type keeper struct {
+	objstore.Bucket
+	bodies []objstore.Body
+}
+
+func (k *keeper) Put(ctx context.Context, key string, b objstore.Body, o objstore.PutOptions) (objstore.Info, error) {
+	if k.bodies = append(k.bodies, b); len(k.bodies) == 1 {
+		return objstore.Info{}, kind(objstore.ErrThrottled, true)
+	}
+	return k.Bucket.Put(ctx, key, b, o)
+}
+
+type countedBody struct {
+	data  string
+	reads int
+}
+
+func (c *countedBody) ReadAt(p []byte, off int64) (int, error) {
+	c.reads++
+	return strings.NewReader(c.data).ReadAt(p, off)
+}
