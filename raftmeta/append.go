@@ -68,7 +68,7 @@ func (h *Host) appendOne(ctx context.Context, b AppendBatch, call *appendCall, a
 // FreeBudget is how many bytes of record batches may still be written before the hot budget is used up.
 func (h *Host) FreeBudget() int64 {
 	free := h.cfg.HotMaxBytes
-	for _, g := range h.shards {
+	for _, g := range h.shardList() {
 		_, unfree := g.log.Bytes()
 		free -= unfree
 		if g.log.NoSpace() {

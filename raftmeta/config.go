@@ -37,6 +37,8 @@ type Config struct {
 	Voters []Voter
 	// Secret authenticates voters to one another. Without one the peer listener must be on loopback.
 	Secret []byte
+	// PeerAdvertise is where other nodes reach this one, if Voters does not say; "" = where PeerListener listens.
+	PeerAdvertise string
 	// PeerListener takes connections of other nodes; nil = none. Close closes it.
 	PeerListener net.Listener
 

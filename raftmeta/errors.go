@@ -16,7 +16,9 @@ var (
 	ErrOffsetOutOfRange     = errors.New("raftmeta: offset out of range")
 	ErrNotFound             = errors.New("raftmeta: not found")
 	ErrStopped              = errors.New("raftmeta: stopped")
-	ErrTooLarge             = errors.New("raftmeta: batch is larger than an entry may be")
+	// ErrRemoved: this node is no member of its cluster any more.
+	ErrRemoved  = errors.New("raftmeta: this node was removed from the cluster")
+	ErrTooLarge = errors.New("raftmeta: batch is larger than an entry may be")
 
 	// ErrTimeout and ErrUnknownOutcome: the change may have happened or may still happen.
 	ErrTimeout        = errors.New("raftmeta: timed out")

@@ -19,6 +19,8 @@ const forwardRetry = 20 * time.Millisecond
 type forwarded struct {
 	Kind state.Kind      `json:"kind"`
 	Body json.RawMessage `json:"body"`
+	// Ask asks whoever it is for the members instead.
+	Ask bool `json:"ask,omitempty"`
 }
 
 type forwardedResult struct {
@@ -29,6 +31,9 @@ type forwardedResult struct {
 	// Index is at or above the index of the command's entry.
 	Index uint64 `json:"index"`
 	First int64  `json:"first,omitempty"` // of producer IDs
+	// Members are the server IDs of the members, as of meta's entry Index.
+	Members []string `json:"members,omitempty"`
+	Why     string   `json:"why,omitempty"` // of a Code
 }
 
 // propose commits a command of meta wherever meta is led, and returns when it has been applied here too.
@@ -36,9 +41,6 @@ func (h *Host) propose(ctx context.Context, g *group, c state.Command) (state.Re
 	for {
 		r, err := h.proposeOnce(ctx, g, c)
 		if !errors.Is(err, ErrNotLeader) {
-			return r, err
-		}
-		if h.cfg.alone() {
 			return r, err
 		}
 		t := time.NewTimer(forwardRetry)
@@ -66,7 +68,7 @@ func (h *Host) proposeOnce(ctx context.Context, g *group, c state.Command) (stat
 	if err != nil {
 		return state.Result{}, err
 	}
-	msg, err := json.Marshal(forwarded{state.KindOf(c), body})
+	msg, err := json.Marshal(forwarded{Kind: state.KindOf(c), Body: body})
 	if err != nil {
 		return state.Result{}, err
 	}
@@ -115,6 +117,9 @@ func (h *Host) onForward(ctx context.Context, group uint32, body []byte) ([]byte
 	if err := json.Unmarshal(body, &f); err != nil {
 		return nil, err
 	}
+	if f.Ask {
+		return json.Marshal(h.memberServers())
+	}
 	c, err := decodeForwarded(f)
 	if err != nil {
 		return nil, err
@@ -122,6 +127,11 @@ func (h *Host) onForward(ctx context.Context, group uint32, body []byte) ([]byte
 	g := h.meta
 	if group != 0 || g == nil {
 		return json.Marshal(forwardedResult{NotLeader: true})
+	}
+	if n, ok := c.(state.RegisterNode); ok && g.leads.Load() > 0 {
+		if why := h.refuseNode(ctx, n.Node); why != "" {
+			return json.Marshal(forwardedResult{Code: state.Invalid, Why: why})
+		}
 	}
 	r, err := g.propose(ctx, c)
 	switch {
@@ -135,6 +145,24 @@ func (h *Host) onForward(ctx context.Context, group uint32, body []byte) ([]byte
 		out.First = int64(id)
 	}
 	return json.Marshal(out)
+}
+
+func (h *Host) memberServers() forwardedResult {
+	c := h.Cluster()
+	out := forwardedResult{Index: c.Version}
+	for _, n := range c.Nodes() {
+		out.Members = append(out.Members, string(serverOf(n)))
+	}
+	return out
+}
+
+// refuseNode says why a node may not register: another process of its number is there.
+func (h *Host) refuseNode(ctx context.Context, n state.Node) string {
+	old, ok := h.Cluster().Node(n.ID)
+	if !ok || old.Incarnation == n.Incarnation || len(h.peers.Standings(ctx, 0, []string{string(serverOf(old))}, func(s []peer.Standing) bool { return len(s) > 0 })) == 0 {
+		return ""
+	}
+	return fmt.Sprintf("node %d is running at %s; give this one another node.id", old.ID, old.Peer)
 }
 
 // decodeForwarded reads the commands that are forwarded, and no others.
@@ -152,6 +180,12 @@ func decodeForwarded(f forwarded) (state.Command, error) {
 		return as[state.AlterConfigs](f.Body)
 	case state.KindAllocProducers:
 		return as[state.AllocateProducerIDs](f.Body)
+	case state.KindAlterMembers:
+		return as[state.AlterMembers](f.Body)
+	case state.KindDrain:
+		return as[state.Drain](f.Body)
+	case state.KindPreferLeader:
+		return as[state.PreferLeader](f.Body)
 	case state.KindTrimOutbox:
 		return as[state.TrimOutbox](f.Body)
 	}

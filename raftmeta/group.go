@@ -104,14 +104,14 @@ func openGroup(h *Host, id record.ShardID, dir string) (*group, error) {
 	if err != nil {
 		return nil, errors.Join(err, g.closeStores())
 	}
-	fresh := last == 0
+	fresh := last == 0 && g.preferred() == h.cfg.NodeID
 	if err := g.openRaft(); err != nil {
 		return nil, errors.Join(err, g.closeStores())
 	}
 	g.wg.Go(g.batcher.run)
 	g.wg.Go(g.leadership)
 	g.wg.Go(g.snapshotLoop)
-	if g.host.cfg.alone() || fresh && g.preferred() == g.host.cfg.NodeID {
+	if v := g.voters(); fresh && len(v) > 0 || len(v) == 1 && v[0] == h.identity.serverID() {
 		g.trans.ElectNow() // nobody else stands, or should: no timer need run out
 	}
 	return g, nil
@@ -169,6 +169,7 @@ func (g *group) openRaft() error {
 	cfg.CommitTimeout = commitTimeout
 	cfg.SnapshotThreshold, cfg.SnapshotInterval, cfg.TrailingLogs = math.MaxUint64, 10*365*24*time.Hour, 0 // our own trigger decides
 	cfg.NotifyCh = g.notify
+	cfg.ShutdownOnRemove = false // a node that was removed finds out by watchMembership, and says so
 	cfg.NoLegacyTelemetry = true
 	cfg.Logger = newHclog(g.log_)
 	err := g.bootstrap(cfg)
@@ -236,9 +237,8 @@ func (g *group) lead(ctx context.Context, term uint64) {
 	g.host.poke()
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	if !g.host.cfg.alone() {
-		wg.Go(func() { g.keepVoters(ctx) })
-	}
+	wg.Go(func() { g.keepVoters(ctx) })
+	wg.Go(func() { g.balance(ctx) })
 	if g.id == 0 {
 		<-ctx.Done()
 		return
@@ -247,9 +247,6 @@ func (g *group) lead(ctx context.Context, term uint64) {
 	case <-g.host.opened: // what a leader does may look at the other groups
 	case <-ctx.Done():
 		return
-	}
-	if !g.host.cfg.alone() {
-		wg.Go(func() { g.balance(ctx) })
 	}
 	g.host.cfg.OnLead(ctx, g.id)
 	<-ctx.Done()

@@ -43,7 +43,7 @@ func (h *Host) ProposeGroup(s record.ShardID, cmds []state.Command, done func(er
 	}
 	if h.FreeBudget() == 0 { // groups may go on for a while longer than batches, not for ever
 		over := -h.cfg.HotMaxBytes - groupReserve
-		for _, x := range h.shards {
+		for _, x := range h.shardList() {
 			_, unfree := x.log.Bytes()
 			over += unfree
 		}

@@ -27,8 +27,9 @@ type Host struct {
 	metrics    *metrics
 	cluster    atomic.Pointer[state.Cluster]
 	meta       *group
-	shards     []*group // shards[i] is shard i+1; fixed after Open
+	shards     atomic.Pointer[[]*group] // shard i+1 at i; only longer lists replace it
 	shardCount int
+	recorded   []uint32 // the groups that node.json says have been here; of open, then of followShards
 
 	pokeMu sync.Mutex
 	poked  chan struct{} // closed and renewed when anything was applied
@@ -36,9 +37,10 @@ type Host struct {
 	ids   producerIDs
 	marks marks
 
-	opened chan struct{} // closed when every group is there
-	stop   chan struct{}
-	wg     sync.WaitGroup
+	opened  chan struct{} // closed when every group is there
+	removed chan struct{} // closed when the others say that this node is no member any more
+	stop    chan struct{}
+	wg      sync.WaitGroup
 }
 
 // Open opens or creates the node in cfg.DataDir, and returns when it leads its groups and knows the cluster. A new directory becomes a
@@ -47,16 +49,15 @@ func Open(ctx context.Context, cfg Config) (*Host, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	h := &Host{cfg: cfg, stop: make(chan struct{}), opened: make(chan struct{}), poked: make(chan struct{}), shardCount: int(cfg.Shards)}
+	h := &Host{cfg: cfg, stop: make(chan struct{}), opened: make(chan struct{}), removed: make(chan struct{}), poked: make(chan struct{}), shardCount: int(cfg.Shards)}
 	var err error
 	var fresh bool
 	h.identity, h.lock, fresh, err = openDataDir(cfg.DataDir, cfg.NodeID, cfg.alone())
 	if err != nil {
 		return nil, err
 	}
-	if err := h.checkFounders(); err != nil {
-		return nil, errors.Join(err, h.lock.Close())
-	}
+	h.shards.Store(new([]*group))
+	h.recorded = h.identity.Groups
 	h.metrics = newMetrics(h)
 	h.cluster.Store(state.NewMeta().View())
 	if err := h.open(ctx); err != nil {
@@ -82,8 +83,11 @@ func (h *Host) open(ctx context.Context) error {
 	if h.meta, err = openGroup(h, 0, filepath.Join(h.cfg.DataDir, "meta")); err != nil {
 		return err
 	}
-	self := state.Node{ID: h.cfg.NodeID, Incarnation: h.identity.Incarnation, Host: h.cfg.Host, Port: h.cfg.Port, Rack: h.cfg.Rack}
-	if !slices.Contains(h.identity.Founders, h.identity.serverID()) { // nobody speaks to it before meta knows it
+	self := state.Node{ID: h.cfg.NodeID, Incarnation: h.identity.Incarnation, Host: h.cfg.Host, Port: h.cfg.Port, Rack: h.cfg.Rack, Peer: h.peerAddress()}
+	h.wg.Go(h.watchMembership)
+	if last, err := h.meta.log.LastIndex(); err != nil {
+		return err
+	} else if last == 0 { // nobody speaks to it before meta knows it
 		if err := h.announce(ctx, self); err != nil {
 			return err
 		}
@@ -92,7 +96,7 @@ func (h *Host) open(ctx context.Context) error {
 		return err
 	}
 	for h.Cluster().ID == "" { // whoever leads says so; a leader that is deposed meanwhile leaves it to the next
-		_, err := h.meta.propose(ctx, state.InitCluster{ClusterID: h.identity.ClusterID, Shards: h.cfg.Shards})
+		_, err := h.meta.propose(ctx, state.InitCluster{ClusterID: h.identity.ClusterID, Shards: h.cfg.Shards, Members: h.founderNodes()})
 		if err != nil && !errors.Is(err, ErrNotLeader) && !errors.Is(err, ErrUnknownOutcome) || ctx.Err() != nil {
 			return fmt.Errorf("initializing the cluster: %w", err)
 		}
@@ -104,7 +108,7 @@ func (h *Host) open(ctx context.Context) error {
 	if c.ID != h.identity.ClusterID {
 		return fmt.Errorf("%w: its meta log belongs to cluster %s, %s says %s", ErrForeign, c.ID, identityFile, h.identity.ClusterID)
 	}
-	if old, ok := c.Node(self.ID); !ok || old != self {
+	if old, ok := c.Node(self.ID); !ok || old != self || c.Draining(self.ID) { // who starts no longer drains
 		if _, err := h.propose(ctx, h.meta, state.RegisterNode{Node: self}); err != nil {
 			return fmt.Errorf("registering the node: %w", err)
 		}
@@ -113,17 +117,13 @@ func (h *Host) open(ctx context.Context) error {
 		h.cfg.Logger.Info("the number of shards was fixed when the cluster was made", "shards", c.Shards, "configured", h.cfg.Shards)
 	}
 	h.shardCount = int(c.Shards)
-	for s := range c.Shards {
-		g, err := openGroup(h, record.ShardID(s+1), filepath.Join(h.cfg.DataDir, fmt.Sprintf("shard-%d", s+1)))
-		if err != nil {
-			return err
-		}
-		h.shards = append(h.shards, g)
+	if err := h.openShards(); err != nil {
+		return err
 	}
 	close(h.opened)
 	h.wg.Go(h.outboxLoop)
 	if err := h.await(ctx, "every shard to have a leader", func() bool {
-		for _, g := range h.shards {
+		for _, g := range h.shardList() {
 			if _, ok := h.Leader(g.id); !ok {
 				return false
 			}
@@ -132,7 +132,54 @@ func (h *Host) open(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	return h.recordGroups()
+	if err := h.recordGroups(); err != nil {
+		return err
+	}
+	h.wg.Go(h.followShards)
+	return nil
+}
+
+// openShards opens the shards that meta knows and this node has not opened.
+func (h *Host) openShards() error {
+	for have := h.shardList(); len(have) < int(h.Cluster().Shards); have = h.shardList() {
+		n := len(have) + 1
+		g, err := openGroup(h, record.ShardID(n), filepath.Join(h.cfg.DataDir, fmt.Sprintf("shard-%d", n)))
+		if err != nil {
+			return err
+		}
+		longer := append(slices.Clone(have), g)
+		h.shards.Store(&longer)
+	}
+	return nil
+}
+
+// followShards opens the shards that are added while the node runs, and remembers the groups that have been here.
+func (h *Host) followShards() {
+	for {
+		h.pokeMu.Lock()
+		ch := h.poked
+		h.pokeMu.Unlock()
+		if err := errors.Join(h.openShards(), h.recordGroups()); err != nil {
+			h.cfg.OnFatal(err)
+			return
+		}
+		select {
+		case <-ch:
+		case <-h.stop:
+			return
+		}
+	}
+}
+
+func (h *Host) shardList() []*group { return *h.shards.Load() }
+
+// groups are all groups of this node, meta first.
+func (h *Host) groups() []*group {
+	var out []*group
+	if h.meta != nil {
+		out = append(out, h.meta)
+	}
+	return append(out, h.shardList()...)
 }
 
 // poke wakes everyone who waits in await.
@@ -156,6 +203,8 @@ func (h *Host) await(ctx context.Context, what string, cond func() bool) error {
 		case <-ch:
 		case <-ctx.Done():
 			return fmt.Errorf("%w waiting for %s", ErrTimeout, what)
+		case <-h.removed:
+			return ErrRemoved
 		case <-h.stop:
 			return ErrStopped
 		}
@@ -171,17 +220,14 @@ func (h *Host) Close(context.Context) error {
 		close(h.stop)
 	}
 	h.wg.Wait()
-	for _, g := range append(slices.Clone(h.shards), h.meta) {
-		if g != nil {
-			g.handOver(handOverTime)
-		}
-	}
 	var errs []error
-	for _, g := range h.shards {
-		errs = append(errs, g.close())
+	groups := h.groups()
+	slices.Reverse(groups) // meta last
+	for _, g := range groups {
+		g.handOver(handOverTime)
 	}
-	if h.meta != nil {
-		errs = append(errs, h.meta.close())
+	for _, g := range groups {
+		errs = append(errs, g.close())
 	}
 	switch {
 	case h.peers != nil:
@@ -203,10 +249,11 @@ func (h *Host) NodeID() int32 { return h.cfg.NodeID }
 func (h *Host) ClusterID() string { return h.identity.ClusterID }
 
 func (h *Host) shardByID(s record.ShardID) *group {
-	if s == 0 || int(s) > len(h.shards) {
+	list := h.shardList()
+	if s == 0 || int(s) > len(list) {
 		return nil
 	}
-	return h.shards[s-1]
+	return list[s-1]
 }
 
 // groupOf returns the group that has the partition; nil if there is none.
@@ -244,9 +291,6 @@ func (h *Host) Leader(s record.ShardID) (node int32, ok bool) {
 	}
 	if g.leads.Load() > 0 {
 		return h.cfg.NodeID, true
-	}
-	if h.cfg.alone() {
-		return -1, false
 	}
 	follows := nodeOf(g.leaderServer())
 	g.mu.RLock()
@@ -298,11 +342,11 @@ func (h *Host) Prove(ctx context.Context, s record.ShardID) error {
 
 // majority asks the voters for their terms until most have none above `term`.
 func (h *Host) majority(ctx context.Context, g *group, term uint64) error {
-	if h.cfg.alone() {
-		return nil
-	}
 	self := h.identity.serverID()
 	voters := g.voters()
+	if len(voters) == 1 && voters[0] == self {
+		return nil
+	}
 	others := slices.DeleteFunc(slices.Clone(voters), func(s string) bool { return s == self })
 	need := len(voters)/2 + 1
 	agree := func(answers []peer.Standing) int {

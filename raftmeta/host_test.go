@@ -138,7 +138,7 @@ func TestAppendReadRestart(t *testing.T) {
 			}
 		}
 		if life == 1 { // a snapshot in between changes nothing
-			for _, g := range append(h.shards, h.meta) {
+			for _, g := range h.groups() {
 				if err := g.snapshot(); err != nil {
 					t.Fatal(err)
 				}
@@ -305,7 +305,7 @@ func TestBudget(t *testing.T) {
 	if _, err := h.DeleteRecords(t.Context(), tp, -1); err != nil { // control commands are always admitted
 		t.Fatal(err)
 	}
-	if err := h.shards[0].snapshot(); err != nil {
+	if err := h.shardList()[0].snapshot(); err != nil {
 		t.Fatal(err)
 	}
 	// The refused batch must come again before a later one of its producer is taken.

@@ -109,7 +109,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	h := m.host
 	led := 0
 	segments := map[segment.ObjectState]int{segment.Prepared: 0, segment.Committed: 0, segment.Tombstoned: 0}
-	for _, g := range append([]*group{h.meta}, h.shards...) {
+	for _, g := range h.groups() {
 		label := "meta"
 		if g.id != 0 {
 			label = strconv.Itoa(int(g.id))
@@ -126,10 +126,10 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 		put("estran_raft_first_log_index", float64(first))
 		put("estran_raft_log_bytes", float64(all))
 		put("estran_raft_log_hot_pinned_bytes", float64(unfree))
-		put("estran_raft_has_leader", b2f(g.leads.Load() > 0))
+		put("estran_raft_has_leader", b2f(g.leaderServer() != ""))
 		put("estran_raft_log_poisoned", b2f(g.log.Poisoned() != nil))
 		put("estran_raft_log_stalled_seconds", g.log.Stalled().Seconds())
-		put("estran_raft_voters", 1)
+		put("estran_raft_voters", float64(len(g.voters())))
 		if g.id != 0 {
 			put("estran_unuploaded_bytes", float64(h.HotBytes(g.id)))
 			g.mu.RLock()

@@ -25,7 +25,7 @@ func (h *Host) outboxLoop() {
 		h.pokeMu.Lock()
 		ch := h.poked
 		h.pokeMu.Unlock()
-		for _, g := range h.shards {
+		for _, g := range h.shardList() {
 			if err := h.push(ctx, g); err != nil {
 				h.cfg.Logger.Debug("pushing effects", "shard", g.id, "err", err)
 			}
@@ -73,12 +73,12 @@ func (h *Host) push(ctx context.Context, g *group) error {
 func (h *Host) settle(ctx context.Context) error {
 	want := map[record.ShardID]uint64{}
 	h.meta.mu.RLock()
-	for _, g := range h.shards {
+	for _, g := range h.shardList() {
 		want[g.id] = h.meta.meta.OutboxEnd(g.id)
 	}
 	h.meta.mu.RUnlock()
 	return h.await(ctx, "the shards to apply the change", func() bool {
-		for _, g := range h.shards {
+		for _, g := range h.shardList() {
 			g.mu.RLock()
 			behind := g.shard.Cursor() < want[g.id]
 			g.mu.RUnlock()

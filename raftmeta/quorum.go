@@ -24,7 +24,7 @@ const (
 	foundTell  = 5 * time.Second
 )
 
-// alone: this node is all of the cluster.
+// alone: the configuration names no other voter. A new cluster is then made of this node; one that exists may have grown since.
 func (c *Config) alone() bool { return len(c.Voters) <= 1 }
 
 func nodeOf(serverID string) int32 {
@@ -36,15 +36,43 @@ func nodeOf(serverID string) int32 {
 	return int32(n)
 }
 
-// resolve gives the address of a server ID: that of its node in the configuration.
+// resolve gives the address of a server ID: that of its node in the configuration, else where the node says that it is.
 func (h *Host) resolve(serverID string) (string, bool) {
 	id := nodeOf(serverID)
-	for _, v := range h.cfg.Voters {
-		if v.ID == id {
+	if addr, ok := h.cfg.addrOf(id); ok {
+		return addr, true
+	}
+	n, ok := h.Cluster().Node(id)
+	return n.Peer, ok && n.Peer != ""
+}
+
+// addrOf is where the configuration says that a node is.
+func (c *Config) addrOf(node int32) (string, bool) {
+	for _, v := range c.Voters {
+		if v.ID == node {
 			return v.Addr, true
 		}
 	}
 	return "", false
+}
+
+// peerAddress is what this node tells others of itself.
+func (h *Host) peerAddress() string {
+	if addr, ok := h.cfg.addrOf(h.cfg.NodeID); ok {
+		return addr
+	}
+	if h.cfg.PeerAdvertise != "" || h.cfg.PeerListener == nil {
+		return h.cfg.PeerAdvertise
+	}
+	return h.cfg.PeerListener.Addr().String()
+}
+
+// founderNodes are the nodes that the cluster is made of.
+func (h *Host) founderNodes() (out []int32) {
+	for _, s := range h.identity.Founders {
+		out = append(out, nodeOf(s))
+	}
+	return out
 }
 
 func (h *Host) openPeers() error {
@@ -64,12 +92,12 @@ func (h *Host) openPeers() error {
 func (h *Host) found(ctx context.Context) error {
 	told := time.Now()
 	for {
-		founders, missing, err := h.canvass(ctx)
+		cluster, founders, missing, err := h.canvass(ctx)
 		if err != nil {
 			return err
 		}
 		if founders != nil {
-			return h.join(founders)
+			return h.join(cluster, founders)
 		}
 		if time.Since(told) > foundTell {
 			told = time.Now()
@@ -85,31 +113,9 @@ func (h *Host) found(ctx context.Context) error {
 	}
 }
 
-// checkFounders compares the voters that the cluster was made of with the configuration: they cannot be changed yet.
-func (h *Host) checkFounders() error {
-	if h.identity.ClusterID == "" {
-		return nil
-	}
-	have, want := []int32{}, []int32{h.cfg.NodeID}
-	for _, s := range h.identity.Founders {
-		have = append(have, nodeOf(s))
-	}
-	if !h.cfg.alone() {
-		want = nil
-		for _, v := range h.cfg.Voters {
-			want = append(want, v.ID)
-		}
-	}
-	slices.Sort(have)
-	slices.Sort(want)
-	if !slices.Equal(have, want) {
-		return fmt.Errorf("%w: its cluster was made of voters %v, the configuration names %v", ErrForeign, have, want)
-	}
-	return nil
-}
-
-// canvass asks every voter once. founders is nil while it cannot be said who they are.
-func (h *Host) canvass(ctx context.Context) (founders []string, missing []string, err error) {
+// canvass asks every voter once. founders is nil while it cannot be said who they are. One that belongs to a cluster is followed into it: as a founder that was interrupted, in
+// the place of what this node was before it lost its directory, or to be added.
+func (h *Host) canvass(ctx context.Context) (cluster string, founders []string, missing []string, err error) {
 	blank := []string{h.identity.serverID()}
 	for _, v := range h.cfg.Voters {
 		if v.ID == h.cfg.NodeID {
@@ -118,31 +124,29 @@ func (h *Host) canvass(ctx context.Context) (founders []string, missing []string
 		p, err := h.peers.Ask(ctx, v.Addr)
 		switch {
 		case errors.Is(err, peer.ErrStranger):
-			return nil, nil, fmt.Errorf("voter %d at %s: %w", v.ID, v.Addr, err)
+			return "", nil, nil, fmt.Errorf("voter %d at %s: %w", v.ID, v.Addr, err)
 		case err != nil:
 			missing = append(missing, fmt.Sprintf("%d at %s (%v)", v.ID, v.Addr, err))
 			continue
 		case nodeOf(p.Server) != v.ID:
-			return nil, nil, fmt.Errorf("%w: %s is node %d, the configuration says %d", ErrForeign, v.Addr, nodeOf(p.Server), v.ID)
+			return "", nil, nil, fmt.Errorf("%w: %s is node %d, the configuration says %d", ErrForeign, v.Addr, nodeOf(p.Server), v.ID)
 		case p.Cluster == "":
 			blank = append(blank, p.Server)
-		case !slices.ContainsFunc(p.Founders, func(s string) bool { return nodeOf(s) == h.cfg.NodeID }):
-			return nil, nil, fmt.Errorf("%w: voter %d belongs to cluster %s, which was made of %v without this node", ErrForeign, v.ID, p.Cluster, p.Founders)
-		default: // a founder that was interrupted, or one that has lost its directory and takes the place of what it was
-			return p.Founders, nil, nil
+		default:
+			return p.Cluster, p.Founders, nil, nil
 		}
 	}
 	if len(blank) < len(h.cfg.Voters) {
-		return nil, missing, nil
+		return "", nil, missing, nil
 	}
 	slices.Sort(blank)
-	return blank, nil, nil
+	sum := sha256.Sum256([]byte(strings.Join(blank, " ")))
+	return base64.RawURLEncoding.EncodeToString(sum[:16]), blank, nil, nil
 }
 
-func (h *Host) join(founders []string) error {
-	sum := sha256.Sum256([]byte(strings.Join(founders, " ")))
+func (h *Host) join(cluster string, founders []string) error {
 	id := h.identity
-	id.ClusterID, id.Founders = base64.RawURLEncoding.EncodeToString(sum[:16]), founders
+	id.ClusterID, id.Founders = cluster, founders
 	if err := h.saveIdentity(id); err != nil {
 		return err
 	}
@@ -165,13 +169,16 @@ func (g *group) bootstrap(cfg *raft.Config) error {
 		return fmt.Errorf("raftmeta: %w", err)
 	}
 	h := g.host
-	id := h.identity
+	self, founders := h.identity.serverID(), h.identity.Founders
+	if f := h.Cluster().ShardFounders(g.id); f != nil {
+		founders = f
+	}
 	switch {
-	case !has && slices.Contains(id.Groups, uint32(g.id)):
+	case !has && slices.Contains(h.recorded, uint32(g.id)):
 		return fmt.Errorf("%w: group %d has been here and is empty now: its votes are lost, so this node must not vote again", ErrForeign, g.id)
-	case !has && slices.Contains(id.Founders, id.serverID()):
+	case !has && slices.Contains(founders, self):
 		var first raft.Configuration
-		for _, s := range id.Founders {
+		for _, s := range founders {
 			first.Servers = append(first.Servers, raft.Server{Suffrage: raft.Voter, ID: raft.ServerID(s), Address: raft.ServerAddress(s)})
 		}
 		if err := raft.BootstrapCluster(cfg, g.log, g.stable, g.snaps.All(), g.trans, first); err != nil {
@@ -183,20 +190,25 @@ func (g *group) bootstrap(cfg *raft.Config) error {
 
 // recordGroups remembers which groups have been here: one of them that is empty at a later start has lost its votes.
 func (h *Host) recordGroups() error {
-	id := h.identity
-	for _, g := range append([]*group{h.meta}, h.shards...) {
+	groups, id := h.groups(), h.identity
+	if len(h.recorded) == len(groups) {
+		return nil
+	}
+	id.Groups = slices.Clone(h.recorded)
+	for _, g := range groups {
 		last, err := g.log.LastIndex()
 		if err != nil {
 			return err
 		}
 		if last > 0 && !slices.Contains(id.Groups, uint32(g.id)) {
-			id.Groups = append(slices.Clone(id.Groups), uint32(g.id))
+			id.Groups = append(id.Groups, uint32(g.id))
 		}
 	}
-	if len(id.Groups) == len(h.identity.Groups) {
+	if len(id.Groups) == len(h.recorded) {
 		return nil
 	}
-	return h.saveIdentity(id)
+	h.recorded = id.Groups
+	return writeIdentity(filepath.Join(h.cfg.DataDir, identityFile), id)
 }
 
 // announce tells meta, through whichever voter leads it, that this node has another incarnation than the founder of its number: until then nobody speaks to it.
@@ -205,11 +217,12 @@ func (h *Host) announce(ctx context.Context, self state.Node) error {
 	if err != nil {
 		return err
 	}
-	msg, err := json.Marshal(forwarded{state.KindRegisterNode, body})
+	msg, err := json.Marshal(forwarded{Kind: state.KindRegisterNode, Body: body})
 	if err != nil {
 		return err
 	}
-	for {
+	for told := time.Now(); ; {
+		why := "no voter answers"
 		for _, v := range h.cfg.Voters {
 			if v.ID == h.cfg.NodeID {
 				continue
@@ -221,8 +234,16 @@ func (h *Host) announce(ctx context.Context, self state.Node) error {
 			var r forwardedResult
 			b, err := h.peers.Forward(ctx, p.Server, 0, msg)
 			if err == nil && json.Unmarshal(b, &r) == nil && !r.NotLeader && r.Unknown == "" {
+				if r.Code != state.OK {
+					return fmt.Errorf("%w: voter %d does not take this node in: %s", ErrForeign, v.ID, r.Why)
+				}
 				return nil
 			}
+			why = "the voters have no leader"
+		}
+		if time.Since(told) > foundTell {
+			told = time.Now()
+			h.cfg.Logger.Info("announcing this node", "component", "raft", "waiting", why)
 		}
 		t := time.NewTimer(foundEvery)
 		select {
@@ -234,66 +255,6 @@ func (h *Host) announce(ctx context.Context, self state.Node) error {
 	}
 }
 
-const (
-	keepEvery  = 500 * time.Millisecond
-	changeTime = 10 * time.Second
-)
-
-// keepVoters replaces, one after the other, the voters whose node has come back without its directory, until ctx ends. The new incarnation joins beside the old one as a
-// non-voter, catches up, the old one goes, the new one votes: at every step a majority of the old voters decides, and what was acknowledged is on it.
-func (g *group) keepVoters(ctx context.Context) {
-	t := time.NewTicker(keepEvery)
-	defer t.Stop()
-	for {
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			return
-		}
-		for _, n := range g.host.Cluster().Nodes() {
-			done, err := g.keepVoter(ctx, n)
-			if err != nil && ctx.Err() == nil {
-				g.log_.Warn("replacing a voter", "node", n.ID, "err", err)
-			}
-			if !done {
-				break // one at a time
-			}
-		}
-	}
-}
-
-// keepVoter takes the next step for a node; done says that there is none.
-func (g *group) keepVoter(ctx context.Context, n state.Node) (done bool, err error) {
-	want := raft.ServerID(fmt.Sprintf("%d.%s", n.ID, n.Incarnation))
-	f := g.raft.GetConfiguration()
-	if err := f.Error(); err != nil {
-		return false, err
-	}
-	var old, now *raft.Server
-	for _, s := range f.Configuration().Servers {
-		switch {
-		case s.ID == want:
-			now = &s
-		case nodeOf(string(s.ID)) == n.ID:
-			old = &s
-		}
-	}
-	switch {
-	case now != nil && now.Suffrage == raft.Voter && old == nil, now == nil && old == nil:
-		return true, nil
-	case now == nil:
-		g.log_.Info("a voter has come back without its directory and joins anew", "event", "voter.replace", "old", old.ID, "new", want)
-		return false, g.raft.AddNonvoter(want, raft.ServerAddress(want), 0, changeTime).Error()
-	case old != nil:
-		if !g.caughtUp(ctx, string(want)) {
-			return false, nil
-		}
-		return false, g.raft.RemoveServer(old.ID, 0, changeTime).Error()
-	}
-	g.log_.Info("a voter has caught up and votes", "event", "voter.replaced", "new", want)
-	return false, g.raft.AddVoter(want, raft.ServerAddress(want), 0, changeTime).Error()
-}
-
 // caughtUp reports whether a server has all that was committed when it was asked.
 func (g *group) caughtUp(ctx context.Context, server string) bool {
 	commit := g.raft.CommitIndex()
@@ -303,13 +264,25 @@ func (g *group) caughtUp(ctx context.Context, server string) bool {
 	return len(got) == 1 && got[0].LastIndex >= commit
 }
 
-// preferred is the node that should lead the group: leadership is spread over the founders.
+// preferred is the node that should lead the group.
 func (g *group) preferred() int32 {
-	f := g.host.identity.Founders
-	if len(f) == 0 {
-		return 0
+	if order := g.leaders(); len(order) > 0 {
+		return order[0]
 	}
-	return nodeOf(f[(int(g.id)+len(f)-1)%len(f)])
+	return 0
+}
+
+// leaders are the nodes that should lead the group, the best first. While meta is not known it is the founders' turn.
+func (g *group) leaders() []int32 {
+	if order := g.host.Cluster().Leaders(g.id); len(order) > 0 {
+		return order
+	}
+	f := g.host.founderNodes()
+	if len(f) == 0 {
+		return nil
+	}
+	first := (int(g.id) + len(f) - 1) % len(f)
+	return slices.Concat(f[first:], f[:first])
 }
 
 // voters are the server IDs of the group's voters.
@@ -334,7 +307,6 @@ func (g *group) leaderServer() string {
 
 // transportGroup is what the transport must know of the group.
 func (g *group) transportGroup() peer.Group {
-	id := g.host.identity
 	return peer.Group{ID: uint32(g.id), Log: g.log,
 		Term: func() (uint64, bool) {
 			if r := g.live.Load(); r != nil {
@@ -349,7 +321,7 @@ func (g *group) transportGroup() peer.Group {
 			}
 			return ""
 		},
-		Rank:      func() int { return max(0, slices.Index(id.Founders, id.serverID())) },
+		Rank:      func() int { return max(0, slices.Index(g.leaders(), g.host.cfg.NodeID)) },
 		Installed: func(index, term uint64) uint64 { return g.snaps.InstallableAt(index, term) },
 		Install: func(index, term, installed uint64, hand func() error) (bool, error) {
 			g.snapMu.Lock()
@@ -360,35 +332,9 @@ func (g *group) transportGroup() peer.Group {
 		}}
 }
 
-// balanceEvery is how often a leader looks whether another should lead.
-const balanceEvery = 5 * time.Second
-
-// balance hands a shard over to the voter that should lead it, once that one is in contact, until ctx ends.
-func (g *group) balance(ctx context.Context) {
-	t := time.NewTicker(balanceEvery)
-	defer t.Stop()
-	for {
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			return
-		}
-		node := g.preferred()
-		voters := g.voters()
-		i := slices.IndexFunc(voters, func(s string) bool { return nodeOf(s) == node })
-		if node == g.host.cfg.NodeID || i < 0 || !g.caughtUp(ctx, voters[i]) {
-			continue
-		}
-		to := voters[i]
-		if err := g.raft.LeadershipTransferToServer(raft.ServerID(to), raft.ServerAddress(to)).Error(); err != nil {
-			g.log_.Info("leadership stays", "event", "leader.transfer", "to", to, "err", err)
-		}
-	}
-}
-
 // handOver gives up the leadership before the node goes, if there is somebody to take it.
 func (g *group) handOver(limit time.Duration) {
-	if g.host.cfg.alone() || g.leads.Load() == 0 || len(g.voters()) < 2 {
+	if g.leads.Load() == 0 || len(g.voters()) < 2 {
 		return
 	}
 	done := make(chan error, 1)

@@ -22,6 +22,7 @@ type trio struct {
 	t      testing.TB
 	voters []Voter
 	dirs   []string
+	mu     sync.Mutex // guards hosts, and the list of voters
 	hosts  []*Host
 }
 
@@ -42,7 +43,11 @@ func newTrio(t testing.TB, n int) *trio {
 
 func (c *trio) config(i int) Config {
 	return Config{NodeID: int32(i + 1), DataDir: c.dirs[i], Host: "127.0.0.1", Port: int32(9000 + i), Shards: 2, HotMaxBytes: 1 << 30, FileBytes: 1 << 20, TailBytes: 1 << 20, Voters: c.voters, Secret: []byte("s"),
-		OnFatal: func(err error) { c.t.Errorf("node %d: fatal: %v", i+1, err) }}
+		OnFatal: func(err error) {
+			if !errors.Is(err, ErrRemoved) {
+				c.t.Errorf("node %d: fatal: %v", i+1, err)
+			}
+		}}
 }
 
 func (c *trio) open(i int) error {
@@ -58,7 +63,10 @@ func (c *trio) open(i int) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
 	defer cancel()
-	c.hosts[i], err = Open(ctx, cfg)
+	h, err := Open(ctx, cfg)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.hosts[i] = h
 	return err
 }
 
@@ -83,13 +91,18 @@ func (c *trio) start(nodes ...int) {
 }
 
 func (c *trio) stop(i int) {
-	if h := c.hosts[i]; h != nil {
-		c.hosts[i] = nil
+	c.mu.Lock()
+	h := c.hosts[i]
+	c.hosts[i] = nil
+	c.mu.Unlock()
+	if h != nil {
 		_ = h.Close(context.Background())
 	}
 }
 
 func (c *trio) alive() (out []*Host) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	for _, h := range c.hosts {
 		if h != nil {
 			out = append(out, h)
@@ -306,26 +319,6 @@ func TestLateVoterGetsASnapshot(t *testing.T) {
 	}
 }
 
-// What a directory was founded as cannot be changed by the configuration.
-func TestFoundersAreFixed(t *testing.T) {
-	c := newTrio(t, 3)
-	c.start(0, 1, 2)
-	c.stop(2)
-	cfg := c.config(2)
-	cfg.Voters = nil
-	if _, err := Open(t.Context(), cfg); !errors.Is(err, ErrForeign) {
-		t.Errorf("alone in a directory of three: %v", err)
-	}
-	alone := t.TempDir()
-	h := openHost(t, alone, nil)
-	_ = h.Close(t.Context())
-	cfg = c.config(0)
-	cfg.DataDir = alone
-	if _, err := Open(t.Context(), cfg); !errors.Is(err, ErrForeign) {
-		t.Errorf("one of three in a directory of one: %v", err)
-	}
-}
-
 // A voter that comes back without its directory takes the place of what it was, by itself: then any other may go, and all that was acknowledged is there.
 func TestWipedVoterIsReplaced(t *testing.T) {
 	c := newTrio(t, 3)
@@ -353,7 +346,7 @@ func TestWipedVoterIsReplaced(t *testing.T) {
 			t.Fatal("the same incarnation")
 		}
 		for _, h := range c.alive() {
-			for _, g := range append([]*group{h.meta}, h.shards...) {
+			for _, g := range h.groups() {
 				until(t, fmt.Sprintf("node %d to see %s vote in group %d, and not %s", h.NodeID(), self, g.id, old), func() bool {
 					v := g.voters()
 					return len(v) == 3 && slices.Contains(v, self) && !slices.Contains(v, old)

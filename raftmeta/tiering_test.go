@@ -115,7 +115,7 @@ func (n *node) produce(t testing.TB, tp record.TopicPartition, from, to int) (va
 
 func sealed(n *node) func() bool {
 	return func() bool {
-		for _, g := range n.shards {
+		for _, g := range n.shardList() {
 			if n.HotBytes(g.id) > 0 {
 				return false
 			}
@@ -126,7 +126,7 @@ func sealed(n *node) func() bool {
 
 // forgetRecent makes every sealed byte come from an object.
 func (n *node) forgetRecent() {
-	for _, g := range n.shards {
+	for _, g := range n.shardList() {
 		g.recent.mu.Lock()
 		g.recent.m, g.recent.order = nil, nil
 		g.recent.mu.Unlock()
@@ -202,7 +202,7 @@ func TestRetentionAndGarbage(t *testing.T) {
 		return k
 	}
 	live := func() (k int) {
-		for _, g := range n.shards {
+		for _, g := range n.shardList() {
 			g.mu.RLock()
 			k += g.shard.Objects()[2]
 			g.mu.RUnlock()

@@ -126,18 +126,50 @@ type DeleteOffsets struct {
 type InitCluster struct {
 	ClusterID string
 	Shards    uint32
+	// Members are the first voters.
+	Members []int32 `json:",omitempty"`
+}
+
+// AlterMembers adds nodes to the members or removes them. Only a registered node is added, and one member always stays: else nothing is changed.
+type AlterMembers struct {
+	Add    []int32 `json:",omitempty"`
+	Remove []int32 `json:",omitempty"`
+}
+
+// Drain says whether a member gives up leading and takes no group's leadership.
+type Drain struct {
+	Node int32
+	On   bool
+}
+
+// PreferLeader names the member that should lead a group; Node 0 leaves it to the spreading.
+type PreferLeader struct {
+	Group record.ShardID
+	Node  int32
+}
+
+// ForgetNode removes the registration of a node that is no member.
+type ForgetNode struct{ Node int32 }
+
+// AddShards makes new shards up to Total. Their first voters are Founders, server IDs: fixed for ever.
+type AddShards struct {
+	Total    uint32
+	Founders []string
 }
 
 // RegisterNode stores a node's address.
 type RegisterNode struct{ Node Node }
 
-// Node is a voter as clients see it.
+// Node is a node as it registered itself.
 type Node struct {
 	ID          int32
 	Incarnation string
 	Host        string
 	Port        int32
 	Rack        string
+	Peer        string `json:",omitempty"` // where other nodes reach it
+	// Left: it was removed from the members and has not registered since.
+	Left bool `json:",omitempty"`
 }
 
 // CreateTopic creates a topic.
@@ -190,6 +222,11 @@ func (DeleteGroup) kind() Kind         { return KindDeleteGroup }
 func (DeleteOffsets) kind() Kind       { return KindDeleteOffsets }
 func (InitCluster) kind() Kind         { return KindInitCluster }
 func (RegisterNode) kind() Kind        { return KindRegisterNode }
+func (AlterMembers) kind() Kind        { return KindAlterMembers }
+func (Drain) kind() Kind               { return KindDrain }
+func (PreferLeader) kind() Kind        { return KindPreferLeader }
+func (ForgetNode) kind() Kind          { return KindForgetNode }
+func (AddShards) kind() Kind           { return KindAddShards }
 func (CreateTopic) kind() Kind         { return KindCreateTopic }
 func (DeleteTopic) kind() Kind         { return KindDeleteTopic }
 func (CreatePartitions) kind() Kind    { return KindCreateParts }

@@ -56,6 +56,11 @@ const (
 	KindAlterConfigs   Kind = 69
 	KindAllocProducers Kind = 70
 	KindTrimOutbox     Kind = 71
+	KindAlterMembers   Kind = 72
+	KindDrain          Kind = 73
+	KindPreferLeader   Kind = 74
+	KindForgetNode     Kind = 75
+	KindAddShards      Kind = 76
 )
 
 // ErrEntry: the bytes are no entry.

@@ -39,6 +39,7 @@ type Cluster struct {
 	byName  *btree.Map[string, *Topic]
 	byID    *btree.Map[string, *Topic]
 	nodes   map[int32]Node
+	place   placement
 	configs map[string]string
 	slots   [GroupSlots]record.ShardID
 }
@@ -58,16 +59,6 @@ func (c *Cluster) Topics() iter.Seq[*Topic] {
 
 // TopicCount is the number of topics.
 func (c *Cluster) TopicCount() int { return c.byName.Len() }
-
-// Nodes returns the voters, by ID.
-func (c *Cluster) Nodes() []Node {
-	out := slices.Collect(maps.Values(c.nodes))
-	slices.SortFunc(out, func(a, b Node) int { return int(a.ID - b.ID) })
-	return out
-}
-
-// Node returns a voter.
-func (c *Cluster) Node(id int32) (Node, bool) { n, ok := c.nodes[id]; return n, ok }
 
 // BrokerConfigs are the cluster-wide dynamic settings; they must not be changed.
 func (c *Cluster) BrokerConfigs() map[string]string { return c.configs }
@@ -143,9 +134,17 @@ func (m *Meta) section(index RaftIndex, kind Kind, flags uint8, body []byte) Res
 	case KindInitCluster:
 		m.initCluster(decode[InitCluster](body))
 	case KindRegisterNode:
-		n := decode[RegisterNode](body).Node
-		m.c.nodes = maps.Clone(m.c.nodes)
-		m.c.nodes[n.ID] = n
+		return m.registerNode(decode[RegisterNode](body).Node)
+	case KindAlterMembers:
+		return m.alterMembers(decode[AlterMembers](body))
+	case KindDrain:
+		return m.drain(decode[Drain](body))
+	case KindPreferLeader:
+		return m.preferLeader(decode[PreferLeader](body))
+	case KindForgetNode:
+		return m.forgetNode(decode[ForgetNode](body))
+	case KindAddShards:
+		return m.addShards(decode[AddShards](body))
 	case KindCreateTopic:
 		return m.createTopic(decode[CreateTopic](body))
 	case KindDeleteTopic:
@@ -178,6 +177,7 @@ func (m *Meta) initCluster(c InitCluster) {
 		return
 	}
 	m.c.ID, m.c.Shards = c.ClusterID, c.Shards
+	m.c.place.Members = sorted(c.Members)
 	for i := range m.c.slots {
 		m.c.slots[i] = record.ShardID(uint32(i)%c.Shards + 1)
 	}
@@ -338,6 +338,7 @@ type metaSnapshot struct {
 	Version  uint64
 	Topics   []*Topic
 	Nodes    []Node
+	Place    placement
 	Configs  map[string]string
 	Slots    []record.ShardID
 	Outboxes map[record.ShardID]outbox
@@ -354,7 +355,7 @@ type FrozenMeta struct {
 func (m *Meta) Freeze() FrozenMeta {
 	f := FrozenMeta{view: m.View()}
 	f.head = metaSnapshot{Applied: m.applied, Clock: m.clock, Leader: m.leader, Chain: m.chain, Voids: m.voids, ID: m.c.ID, Shards: m.c.Shards, Version: m.c.Version,
-		Configs: m.c.configs, Slots: m.c.slots[:], Outboxes: map[record.ShardID]outbox{}, Producer: m.producer}
+		Place: m.c.place, Configs: m.c.configs, Slots: m.c.slots[:], Outboxes: map[record.ShardID]outbox{}, Producer: m.producer}
 	f.head.Slots = slices.Clone(f.head.Slots)
 	for s, o := range m.outboxes {
 		f.head.Outboxes[s] = outbox{o.First, slices.Clip(o.Effects)}
@@ -369,7 +370,7 @@ func (f *FrozenMeta) Index() RaftIndex { return f.head.Applied }
 func (f *FrozenMeta) WriteTo(w io.Writer) (int64, error) {
 	h := f.head
 	h.Topics = slices.Collect(f.view.Topics())
-	h.Nodes = f.view.Nodes()
+	h.Nodes = f.view.Registered()
 	return writeSnapshot(w, metaMagic, h)
 }
 
@@ -381,7 +382,7 @@ func RestoreMeta(r io.Reader) (*Meta, error) {
 	}
 	m := NewMeta()
 	m.applied, m.clock, m.leader, m.chain, m.voids, m.producer = h.Applied, h.Clock, h.Leader, h.Chain, h.Voids, h.Producer
-	m.c.ID, m.c.Shards, m.c.Version = h.ID, h.Shards, h.Version
+	m.c.ID, m.c.Shards, m.c.Version, m.c.place = h.ID, h.Shards, h.Version, h.Place
 	if h.Configs != nil {
 		m.c.configs = h.Configs
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"math/rand/v2"
+	"reflect"
 	"testing"
 
 	"github.com/estran/estran/tiering/record"
@@ -600,4 +601,80 @@ func BenchmarkFreeze10000(b *testing.B) {
 	for b.Loop() {
 		m.s.Freeze()
 	}
+}
+
+// Who votes and leads: only registered nodes are added, one member always stays, racks take turns, who drains leads nothing, and a snapshot has it all.
+func TestMembers(t *testing.T) {
+	m := NewMeta()
+	index := RaftIndex(0)
+	do := func(c Command) Code {
+		t.Helper()
+		var e Entry
+		if _, err := e.Add(c); err != nil {
+			t.Fatal(err)
+		}
+		data, _ := e.Cut(1, nil, 0, nil)
+		index++
+		return m.Apply(index, 1, data)[0].Code
+	}
+	check := func(what string, got, want any) {
+		t.Helper()
+		if !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: %v, want %v", what, got, want)
+		}
+	}
+	do(InitCluster{ClusterID: "c", Shards: 1, Members: []int32{1}})
+	for id, rack := range []string{"a", "a", "a", "b", "c"} {
+		do(RegisterNode{Node{ID: int32(id + 1), Rack: rack, Peer: "p"}})
+	}
+	check("before any is added", m.View().Members(), []int32{1})
+	check("brokers", len(m.View().Nodes()), 1)
+	check("adding an unknown node", do(AlterMembers{Add: []int32{9}}), NotFound)
+	check("removing the last", do(AlterMembers{Remove: []int32{1}}), Invalid)
+	check("adding", do(AlterMembers{Add: []int32{5, 2, 3, 4}}), OK)
+	check("members", m.View().Members(), []int32{1, 2, 3, 4, 5})
+	check("shard 1", m.View().Leaders(1), []int32{1, 4, 5, 2, 3})
+	check("shard 2", m.View().Leaders(2), []int32{4, 5, 2, 3, 1})
+	check("meta", m.View().Leaders(0), []int32{3, 1, 4, 5, 2})
+	check("draining", do(Drain{Node: 4, On: true}), OK)
+	check("shard 2 without node 4", m.View().Leaders(2), []int32{5, 2, 3, 1})
+	check("shards without founders", do(AddShards{Total: 3}), Invalid)
+	check("more shards", do(AddShards{Total: 3, Founders: []string{"1.x", "2.y"}}), OK)
+	check("fewer shards", do(AddShards{Total: 2, Founders: []string{"1.x"}}), Invalid)
+	check("founders", m.View().ShardFounders(3), []string{"1.x", "2.y"})
+	check("a leader for no group", do(PreferLeader{Group: 4, Node: 2}), NotFound)
+	check("a leader", do(PreferLeader{Group: 2, Node: 2}), OK)
+	check("shard 2 with a chosen leader", m.View().Leaders(2), []int32{2, 5, 3, 1})
+	old := m.View()
+
+	f := m.Freeze()
+	var b bytes.Buffer
+	if _, err := f.WriteTo(&b); err != nil {
+		t.Fatal(err)
+	}
+	back, err := RestoreMeta(&b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check("restored", back.View().place, m.View().place)
+	check("restored nodes", back.View().Registered(), m.View().Registered())
+
+	check("removing", do(AlterMembers{Remove: []int32{2, 4}}), OK)
+	check("shard 2 when its leader has gone", m.View().Leaders(2)[0] == 2, false)
+	check("an old view", old.Leaders(2), []int32{2, 5, 3, 1})
+	check("adding what has left", do(AlterMembers{Add: []int32{2}}), NotFound)
+	do(RegisterNode{Node{ID: 2, Rack: "a"}})
+	check("adding it when it is back", do(AlterMembers{Add: []int32{2}}), OK)
+	check("forgetting a member", do(ForgetNode{Node: 2}), Invalid)
+	check("forgetting", do(ForgetNode{Node: 4}), OK)
+	if _, ok := m.View().Node(4); ok {
+		t.Error("node 4 is still there")
+	}
+	do(Drain{Node: 5, On: true})
+	do(RegisterNode{Node{ID: 5}})
+	check("draining after a restart", m.View().Draining(5), false)
+	for _, id := range []int32{1, 2, 3, 5} {
+		do(Drain{Node: id, On: true})
+	}
+	check("somebody leads if all drain", len(m.View().Leaders(1)), 4)
 }
