@@ -219,7 +219,7 @@ func TestQuorumWipe(t *testing.T) {
 	}
 	more("acknowledgements while a voter is gone")
 	restart(t, wiped)
-	until(t, "the voter to be replaced in every group", func() bool { return strings.Count(wiped.Tail()+nodes[0].Tail()+nodes[1].Tail(), "voter.replaced") >= 4 })
+	until(t, "the voter to be replaced in every group", func() bool { return strings.Count(wiped.Tail()+nodes[0].Tail()+nodes[1].Tail(), "voter.added") >= 4 })
 	for _, n := range nodes[:2] {
 		if err := n.Kill(); err != nil {
 			t.Fatal(err)

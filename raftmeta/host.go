@@ -245,6 +245,9 @@ func (h *Host) Cluster() *state.Cluster { return h.cluster.Load() }
 // NodeID is this node's.
 func (h *Host) NodeID() int32 { return h.cfg.NodeID }
 
+// Founder reports whether the cluster was made of this node, with the directory that it has now.
+func (h *Host) Founder() bool { return slices.Contains(h.identity.Founders, h.identity.serverID()) }
+
 // ClusterID is the cluster's ID in Kafka's form.
 func (h *Host) ClusterID() string { return h.identity.ClusterID }
 

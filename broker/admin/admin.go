@@ -3,8 +3,12 @@
 package admin
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"mime"
 	"net/http"
 	"slices"
 	"strings"
@@ -32,7 +36,19 @@ type Config struct {
 	Ready func() []Check
 	// Version is encoded as JSON at /version.
 	Version any
+	// Cluster is encoded as JSON at /v1/cluster; nil = there is none.
+	Cluster func(ctx context.Context) any
+	// Commands are done by POST of JSON to /v1/cluster/NAME. An error that is ErrRefused gets 409, any other 503.
+	Commands map[string]func(ctx context.Context, body []byte) error
 }
+
+// ErrRefused: the command cannot be done, and trying again will not help.
+var ErrRefused = errors.New("refused")
+
+const (
+	commandMax  = 64 << 10
+	commandTime = 30 * time.Second
+)
 
 // ScrapeTimeout bounds one scrape of /metrics.
 const ScrapeTimeout = 10 * time.Second
@@ -46,10 +62,45 @@ func Handler(cfg Config) http.Handler {
 	mux.HandleFunc("GET /readyz", health(cfg.Ready))
 	mux.HandleFunc("GET /healthz", health(cfg.Ready))
 	mux.HandleFunc("GET /version", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, http.StatusOK, cfg.Version) })
+	if cfg.Cluster != nil {
+		mux.HandleFunc("GET /v1/cluster", func(w http.ResponseWriter, r *http.Request) { writeJSON(w, http.StatusOK, cfg.Cluster(r.Context())) })
+	}
+	for name, do := range cfg.Commands {
+		mux.HandleFunc("POST /v1/cluster/"+name, command(do))
+	}
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
-		fmt.Fprint(w, "estran\n\n/metrics\n/livez\n/readyz?verbose\n/version\n")
+		fmt.Fprint(w, "estran\n\n/metrics\n/livez\n/readyz?verbose\n/version\n/v1/cluster\n")
 	})
 	return mux
+}
+
+type commandResult struct {
+	Error string `json:"error,omitempty"`
+}
+
+// command does what is posted. It wants JSON, which a page of another site cannot post without being asked for leave.
+func command(do func(context.Context, []byte) error) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if t, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || t != "application/json" {
+			writeJSON(w, http.StatusUnsupportedMediaType, commandResult{"the body must be application/json"})
+			return
+		}
+		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, commandMax))
+		if err != nil {
+			writeJSON(w, http.StatusRequestEntityTooLarge, commandResult{err.Error()})
+			return
+		}
+		ctx, cancel := context.WithTimeout(r.Context(), commandTime)
+		defer cancel()
+		switch err := do(ctx, body); {
+		case errors.Is(err, ErrRefused):
+			writeJSON(w, http.StatusConflict, commandResult{err.Error()})
+		case err != nil:
+			writeJSON(w, http.StatusServiceUnavailable, commandResult{err.Error()})
+		default:
+			writeJSON(w, http.StatusOK, commandResult{})
+		}
+	}
 }
 
 // result is what a health path says as JSON.

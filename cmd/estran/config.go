@@ -69,7 +69,8 @@ type config struct {
 			Listen string `yaml:"listen"`
 		} `yaml:"http"`
 		Peer struct {
-			Listen string `yaml:"listen"`
+			Listen    string `yaml:"listen"`
+			Advertise string `yaml:"advertise"`
 		} `yaml:"peer"`
 	} `yaml:"listeners"`
 	Quorum struct {
@@ -386,9 +387,9 @@ func (c *config) validate() error {
 			bad(l.key, "%q is not host:port", l.addr)
 		}
 	}
-	if a := c.Listeners.Kafka.Advertise; a != "" {
-		if host, _, err := net.SplitHostPort(a); err != nil || host == "" {
-			bad("listeners.kafka.advertise", "%q is not host:port", a)
+	for _, a := range []struct{ key, addr string }{{"listeners.kafka.advertise", c.Listeners.Kafka.Advertise}, {"listeners.peer.advertise", c.Listeners.Peer.Advertise}} {
+		if host, _, err := net.SplitHostPort(a.addr); a.addr != "" && (err != nil || host == "") {
+			bad(a.key, "%q is not host:port", a.addr)
 		}
 	}
 	for _, m := range []struct {

@@ -49,7 +49,7 @@ func storeFault(cfg *config, err error) error {
 	case errors.Is(err, objstore.ErrUnsupported):
 		return say("E_STORE_UNSUPPORTED", "lacks what is needed", "use a store with conditional PUT (If-None-Match) and ranged GET")
 	case errors.Is(err, errBucketForeign):
-		return say("E_STORE_FOREIGN", "belongs to another cluster or a newer version", "use another bucket or prefix")
+		return say("E_STORE_FOREIGN", "belongs to another cluster or a newer version", "use another bucket or prefix; a node that joins a cluster needs the cluster's own storage.url")
 	}
 	return f
 }
@@ -65,10 +65,18 @@ func quorumFault(cfg *config, err error) error {
 		f.Code, f.Fix = "E_PEER_STRANGER", "give every voter the same quorum.secret_file, and check the addresses"
 	case errors.Is(err, raftmeta.ErrTimeout), errors.Is(err, context.Canceled):
 		f.Code, f.Fix = "E_QUORUM_WAIT", "start the other voters; check their addresses"
+	case errors.Is(err, raftmeta.ErrRemoved):
+		return removedFault(cfg, err)
 	default:
 		return dataDirFault(cfg, err)
 	}
 	return f
+}
+
+// removedFault tells a node's end by its removal from the members.
+func removedFault(cfg *config, err error) error {
+	return &fault{Code: "E_NODE_REMOVED", Err: err, What: fmt.Sprintf("node %d (node.id, from %s) was removed from the cluster", cfg.Node.ID, cfg.from("node.id")),
+		Fix: fmt.Sprintf("nothing, if it should go. To have it back: empty %s, start it, estran cluster members add %d", cfg.Node.DataDir, cfg.Node.ID)}
 }
 
 // dataDirFault explains what is wrong with the data directory.
@@ -94,6 +102,8 @@ func dataDirFault(cfg *config, err error) error {
 func diskFault(cfg *config, err error) error {
 	f := &fault{Err: err, What: fmt.Sprintf("data directory %s (node.data_dir, from %s): %s", cfg.Node.DataDir, cfg.from("node.data_dir"), oneLine(err))}
 	switch {
+	case errors.Is(err, raftmeta.ErrRemoved):
+		return removedFault(cfg, err)
 	case errors.Is(err, raftlog.ErrHung):
 		f.Code, f.Fix = "E_DISK_HUNG", "see what holds the disk up; start the node again when it answers: what was acknowledged is there"
 	case errors.Is(err, raftlog.ErrPoisoned), errors.Is(err, syscall.EIO), errors.Is(err, syscall.EROFS), errors.Is(err, syscall.ENOSPC): // the log, or a snapshot
@@ -117,11 +127,14 @@ type bucketMark struct {
 
 const bucketVersion = 1
 
-// checkBucket reads or writes the mark. A store that cannot be reached now is checked when sealing begins to work.
-func checkBucket(ctx context.Context, b objstore.Bucket, cluster string) error {
+// checkBucket reads the mark, or writes it if this node is a founder: one that came later must find it, or it looks at another store than the others do. A store that cannot be
+// reached now is checked when sealing begins to work.
+func checkBucket(ctx context.Context, b objstore.Bucket, cluster string, founder bool) error {
 	const key = "v1/meta/format.json"
 	rc, _, err := b.Get(ctx, key, objstore.Whole)
 	switch {
+	case errors.Is(err, objstore.ErrNotFound) && !founder:
+		return fmt.Errorf("%w: it has no %s of cluster %s, which this node has joined", errBucketForeign, key, cluster)
 	case errors.Is(err, objstore.ErrNotFound):
 		data, err := json.Marshal(bucketMark{bucketVersion, cluster})
 		if err != nil {

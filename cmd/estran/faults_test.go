@@ -8,6 +8,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/estran/estran/objstore/mem"
 	"github.com/estran/estran/raftmeta/raftlog"
 )
 
@@ -39,5 +40,21 @@ func TestDiskFault(t *testing.T) {
 	}
 	if other := errors.New("listener"); diskFault(cfg, other) != other {
 		t.Error("another error was changed")
+	}
+}
+
+// A node that has joined a cluster must find the cluster's mark in its store: it never makes one.
+func TestJoinedNodeNeedsTheClustersStore(t *testing.T) {
+	b, other := mem.New(), mem.New()
+	if err := checkBucket(t.Context(), b, "c", true); err != nil {
+		t.Fatal(err)
+	}
+	if err := checkBucket(t.Context(), b, "c", false); err != nil {
+		t.Error(err)
+	}
+	for range 2 {
+		if err := checkBucket(t.Context(), other, "c", false); !errors.Is(err, errBucketForeign) {
+			t.Errorf("an empty store: %v", err)
+		}
 	}
 }

@@ -76,7 +76,7 @@ func startNode(ctx context.Context, cfg *config, log *slog.Logger) (_ *node, err
 		return nil, err
 	}
 	n.bucket = objstore.Prefixed(n.bucket, clusterPrefix(n.host.ClusterID()))
-	if err := checkBucket(ctx, n.bucket, n.host.ClusterID()); err != nil {
+	if err := checkBucket(ctx, n.bucket, n.host.ClusterID(), n.host.Founder()); err != nil {
 		return nil, storeFault(cfg, err)
 	}
 	n.wire(reg)
@@ -139,7 +139,7 @@ func (n *node) openHost(ctx context.Context, reg prometheus.Registerer) error {
 	bc, _ := n.cfg.brokerConfig()
 	h, err := raftmeta.Open(ctx, raftmeta.Config{NodeID: n.cfg.Node.ID, DataDir: n.cfg.Node.DataDir, Host: host, Port: port, Rack: n.cfg.Node.Rack,
 		Shards: uint32(n.cfg.Quorum.Shards), HotMaxBytes: int64(n.cfg.Hot.MaxBytes), LocalRetentionBytes: int64(n.cfg.Tiering.LocalRetentionBytes),
-		OffsetsRetention: bc.OffsetsRetention, Voters: voters, Secret: secret, PeerListener: peer, Logger: n.log, Registerer: reg, OnLead: n.lead, OnFatal: n.stopNow, StoreTime: storeTime})
+		OffsetsRetention: bc.OffsetsRetention, Voters: voters, PeerAdvertise: reachable(n.cfg.Listeners.Peer.Advertise, peer), Secret: secret, PeerListener: peer, Logger: n.log, Registerer: reg, OnLead: n.lead, OnFatal: n.stopNow, StoreTime: storeTime})
 	if err != nil {
 		_ = peer.Close() // Open may have closed it
 		return quorumFault(n.cfg, err)
@@ -168,25 +168,30 @@ func freshTime(d objstore.Dater) func() (time.Time, bool) {
 
 // advertised is the address that clients are told: what the configuration says, or the listener's own.
 func (n *node) advertised() (string, int32) {
-	addr := n.cfg.Listeners.Kafka.Advertise
-	if addr == "" {
-		addr = n.kafka.Addr().String()
-		if host, port, err := net.SplitHostPort(addr); err == nil {
-			if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
-				name, err := os.Hostname()
-				if err != nil {
-					name = "localhost"
-				}
-				addr = net.JoinHostPort(name, port)
-			}
-		}
-	}
+	addr := reachable(n.cfg.Listeners.Kafka.Advertise, n.kafka)
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil {
 		return addr, 0
 	}
 	p, _ := strconv.ParseInt(port, 10, 32) // the configuration was checked
 	return host, int32(p)
+}
+
+// reachable is what others are told of a listener: what the configuration says, or its own address, by the machine's name if it listens on all of them.
+func reachable(advertise string, l net.Listener) string {
+	if advertise != "" {
+		return advertise
+	}
+	addr := l.Addr().String()
+	host, port, err := net.SplitHostPort(addr)
+	if ip := net.ParseIP(host); err != nil || ip == nil || !ip.IsUnspecified() {
+		return addr
+	}
+	name, err := os.Hostname()
+	if err != nil {
+		name = "localhost"
+	}
+	return net.JoinHostPort(name, port)
 }
 
 // clusterPrefix is where a cluster's objects live; keys are lower case, the ID is not.
@@ -220,7 +225,8 @@ func (n *node) wire(reg prometheus.Registerer) {
 }
 
 func (n *node) serve(reg *prometheus.Registry, info versionInfo) {
-	n.web = &http.Server{Handler: admin.Handler(admin.Config{Gatherer: reg, Live: n.live, Ready: n.ready, Version: info}), ReadHeaderTimeout: 5 * time.Second}
+	n.web = &http.Server{Handler: admin.Handler(admin.Config{Gatherer: reg, Live: n.live, Ready: n.ready, Version: info,
+		Cluster: func(ctx context.Context) any { return n.host.Status(ctx) }, Commands: clusterCommands(n.host)}), ReadHeaderTimeout: 5 * time.Second}
 	n.wg.Go(func() {
 		if err := n.web.Serve(n.webL); !errors.Is(err, http.ErrServerClosed) {
 			n.stopNow(fmt.Errorf("http listener: %w", err))
