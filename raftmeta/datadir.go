@@ -9,12 +9,16 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 )
 
 // Errors of opening a data directory.
 var (
 	// ErrLocked: another process has the directory open.
 	ErrLocked = errors.New("data directory is in use by another process")
+	// ErrRecovering: a recovery was begun in the directory and did not end.
+	ErrRecovering = errors.New("a recovery of this data directory did not end")
 	// ErrForeign: the directory holds something else, or another node.
 	ErrForeign = errors.New("data directory is not this node's")
 )
@@ -30,13 +34,35 @@ type identity struct {
 	ClusterID   string // "" until the cluster is known
 	NodeID      int32
 	Incarnation string
+	// Epoch counts recoveries from a lost majority: nodes of another epoch do not speak to one another. Recovering is the epoch of a recovery that has not ended here, Recovered of
+	// the last one that has.
+	Epoch, Recovering, Recovered uint64 `json:",omitempty"`
 	// Founders are the server IDs of the cluster's first voters: only they write a group's first configuration.
 	Founders []string `json:",omitempty"`
+	// Peers are where other nodes were last.
+	Peers map[int32]string `json:",omitempty"`
 	// Groups have been opened here: one of these that is empty has lost its votes.
 	Groups []uint32 `json:",omitempty"`
 }
 
 func (i identity) serverID() string { return fmt.Sprintf("%d.%s", i.NodeID, i.Incarnation) }
+
+// cluster is what peers compare: the cluster's ID and its recovery epoch; "" while there is none.
+func (i identity) cluster() string {
+	if i.Epoch == 0 {
+		return i.ClusterID
+	}
+	return fmt.Sprintf("%s+%d", i.ClusterID, i.Epoch)
+}
+
+// parseCluster is the reverse of cluster.
+func parseCluster(s string) (id string, epoch uint64, err error) {
+	id, e, ok := strings.Cut(s, "+") // no ID has one
+	if ok {
+		epoch, err = strconv.ParseUint(e, 10, 64)
+	}
+	return id, epoch, err
+}
 
 // openDataDir locks the directory and reads or makes its identity; fresh tells which.
 func openDataDir(dir string, nodeID int32, alone bool) (id identity, lock *os.File, fresh bool, err error) {

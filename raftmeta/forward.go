@@ -128,7 +128,7 @@ func (h *Host) onForward(ctx context.Context, group uint32, body []byte) ([]byte
 	if group != 0 || g == nil {
 		return json.Marshal(forwardedResult{NotLeader: true})
 	}
-	if n, ok := c.(state.RegisterNode); ok && g.leads.Load() > 0 {
+	if n, ok := c.(state.RegisterNode); ok { // any node can tell, and the one that leads may be the one of that number
 		if why := h.refuseNode(ctx, n.Node); why != "" {
 			return json.Marshal(forwardedResult{Code: state.Invalid, Why: why})
 		}
@@ -159,7 +159,14 @@ func (h *Host) memberServers() forwardedResult {
 // refuseNode says why a node may not register: another process of its number is there.
 func (h *Host) refuseNode(ctx context.Context, n state.Node) string {
 	old, ok := h.Cluster().Node(n.ID)
-	if !ok || old.Incarnation == n.Incarnation || len(h.peers.Standings(ctx, 0, []string{string(serverOf(old))}, func(s []peer.Standing) bool { return len(s) > 0 })) == 0 {
+	if !ok || old.Incarnation == n.Incarnation {
+		return ""
+	}
+	there := n.ID == h.cfg.NodeID
+	if !there {
+		there = len(h.peers.Standings(ctx, 0, []string{string(serverOf(old))}, func(s []peer.Standing) bool { return len(s) > 0 })) > 0
+	}
+	if !there {
 		return ""
 	}
 	return fmt.Sprintf("node %d is running at %s; give this one another node.id", old.ID, old.Peer)

@@ -29,7 +29,8 @@ type Host struct {
 	meta       *group
 	shards     atomic.Pointer[[]*group] // shard i+1 at i; only longer lists replace it
 	shardCount int
-	recorded   []uint32 // the groups that node.json says have been here; of open, then of followShards
+	seen       atomic.Pointer[map[int32]string] // where other nodes were last, by node.json
+	recorded   []uint32                         // the groups that node.json says have been here; of open, then of followShards
 
 	pokeMu sync.Mutex
 	poked  chan struct{} // closed and renewed when anything was applied
@@ -56,8 +57,12 @@ func Open(ctx context.Context, cfg Config) (*Host, error) {
 	if err != nil {
 		return nil, err
 	}
+	if r := h.identity.Recovering; r != 0 {
+		return nil, errors.Join(fmt.Errorf("%w: of epoch %d", ErrRecovering, r), h.lock.Close())
+	}
 	h.shards.Store(new([]*group))
 	h.recorded = h.identity.Groups
+	h.seen.Store(&h.identity.Peers)
 	h.metrics = newMetrics(h)
 	h.cluster.Store(state.NewMeta().View())
 	if err := h.open(ctx); err != nil {
@@ -113,6 +118,11 @@ func (h *Host) open(ctx context.Context) error {
 			return fmt.Errorf("registering the node: %w", err)
 		}
 	}
+	if c.RecoveryEpoch() < h.identity.Recovered { // nobody else can lead before this is done
+		if _, err := h.propose(ctx, h.meta, state.Recover{Epoch: h.identity.Epoch, Node: self.ID}); err != nil {
+			return fmt.Errorf("ending the recovery: %w", err)
+		}
+	}
 	if c.Shards != h.cfg.Shards {
 		h.cfg.Logger.Info("the number of shards was fixed when the cluster was made", "shards", c.Shards, "configured", h.cfg.Shards)
 	}
@@ -159,7 +169,7 @@ func (h *Host) followShards() {
 		h.pokeMu.Lock()
 		ch := h.poked
 		h.pokeMu.Unlock()
-		if err := errors.Join(h.openShards(), h.recordGroups()); err != nil {
+		if err := errors.Join(h.openShards(), h.recordGroups(), h.recordPeers()); err != nil {
 			h.cfg.OnFatal(err)
 			return
 		}
@@ -247,6 +257,9 @@ func (h *Host) NodeID() int32 { return h.cfg.NodeID }
 
 // Founder reports whether the cluster was made of this node, with the directory that it has now.
 func (h *Host) Founder() bool { return slices.Contains(h.identity.Founders, h.identity.serverID()) }
+
+// RecoveryEpoch counts how often the cluster was recovered from a lost majority.
+func (h *Host) RecoveryEpoch() uint64 { return h.identity.Epoch }
 
 // ClusterID is the cluster's ID in Kafka's form.
 func (h *Host) ClusterID() string { return h.identity.ClusterID }

@@ -100,8 +100,8 @@ func (g *group) keepVoters(ctx context.Context) {
 // keepOnce takes the first step that can be taken.
 func (g *group) keepOnce(ctx context.Context) error {
 	c := g.host.Cluster()
-	if len(c.Members()) == 0 {
-		return nil // meta is not known yet
+	if len(c.Members()) == 0 || c.RecoveryEpoch() < g.host.identity.Epoch {
+		return nil // meta is not known yet, or what it says of members is no longer so
 	}
 	servers := g.servers()
 	for _, ch := range changes(servers, c.Nodes(), c.Member) {
@@ -173,6 +173,9 @@ func (g *group) servers() []raft.Server {
 func (h *Host) keepMeta(ctx context.Context) error {
 	c := h.Cluster()
 	voters := h.meta.voters()
+	if c.RecoveryEpoch() < h.identity.Epoch {
+		return nil
+	}
 	for _, n := range c.Nodes() {
 		if !slices.Contains(voters, string(serverOf(n))) {
 			return nil // not all are there yet
@@ -280,11 +283,11 @@ func (h *Host) gone(ctx context.Context) bool {
 	if err != nil {
 		return false
 	}
-	for _, n := range c.Registered() {
-		if n.ID == h.cfg.NodeID {
+	for _, s := range h.meta.servers() { // of its log: what meta says may not have been applied here yet
+		if string(s.ID) == h.identity.serverID() {
 			continue
 		}
-		b, err := h.peers.Forward(ctx, string(serverOf(n)), 0, msg)
+		b, err := h.peers.Forward(ctx, string(s.ID), 0, msg)
 		var r forwardedResult
 		if err != nil || json.Unmarshal(b, &r) != nil || r.Index < c.Version || len(r.Members) == 0 {
 			continue

@@ -268,15 +268,17 @@ func TestLastMajorityStays(t *testing.T) {
 func TestSecondNodeOfANumber(t *testing.T) {
 	c := newTrio(t, 3)
 	c.start(0, 1, 2)
-	cfg := c.config(2)
-	cfg.DataDir = t.TempDir()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg.PeerListener = l
-	if _, err := Open(t.Context(), cfg); !errors.Is(err, ErrForeign) {
-		t.Errorf("opened: %v", err)
+	for _, leader := range []int32{3, 1} { // of meta: the node itself, another
+		if err := c.hosts[0].PreferLeader(t.Context(), 0, leader); err != nil {
+			t.Fatal(err)
+		}
+		until(t, fmt.Sprintf("node %d to lead meta", leader), func() bool { return c.hosts[leader-1].meta.leads.Load() > 0 })
+		cfg := c.config(2)
+		cfg.DataDir = t.TempDir()
+		cfg.PeerListener = listenAt(t, "127.0.0.1:0")
+		if _, err := Open(t.Context(), cfg); !errors.Is(err, ErrForeign) {
+			t.Errorf("opened while node %d leads: %v", leader, err)
+		}
 	}
 	if n, _ := c.hosts[0].Cluster().Node(3); string(serverOf(n)) != c.hosts[2].identity.serverID() {
 		t.Errorf("node 3 is %v now", n)

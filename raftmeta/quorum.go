@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -42,8 +43,33 @@ func (h *Host) resolve(serverID string) (string, bool) {
 	if addr, ok := h.cfg.addrOf(id); ok {
 		return addr, true
 	}
-	n, ok := h.Cluster().Node(id)
-	return n.Peer, ok && n.Peer != ""
+	if n, ok := h.Cluster().Node(id); ok && n.Peer != "" {
+		return n.Peer, true
+	}
+	addr, ok := (*h.seen.Load())[id]
+	return addr, ok
+}
+
+// recordPeers remembers where other nodes are: after a restart they must be reached before meta is applied.
+func (h *Host) recordPeers() error {
+	now := map[int32]string{}
+	for _, n := range h.Cluster().Registered() {
+		if n.ID != h.cfg.NodeID && n.Peer != "" {
+			now[n.ID] = n.Peer
+		}
+	}
+	if len(now) == 0 || maps.Equal(now, *h.seen.Load()) {
+		return nil
+	}
+	h.seen.Store(&now)
+	return h.recordIdentity()
+}
+
+// recordIdentity writes node.json with what has become known since it was opened.
+func (h *Host) recordIdentity() error {
+	id := h.identity
+	id.Groups, id.Peers = h.recorded, *h.seen.Load()
+	return writeIdentity(filepath.Join(h.cfg.DataDir, identityFile), id)
 }
 
 // addrOf is where the configuration says that a node is.
@@ -81,7 +107,7 @@ func (h *Host) openPeers() error {
 		return err
 	}
 	var err error
-	h.peers, err = peer.New(peer.Config{ServerID: h.identity.serverID(), ClusterID: h.identity.ClusterID, Founders: h.identity.Founders, Secret: h.cfg.Secret,
+	h.peers, err = peer.New(peer.Config{ServerID: h.identity.serverID(), ClusterID: h.identity.cluster(), Founders: h.identity.Founders, Secret: h.cfg.Secret,
 		Listener: h.cfg.PeerListener, Resolve: h.resolve, OnForward: h.onForward, StageDir: stage, Logger: h.cfg.Logger, Registerer: h.cfg.Registerer})
 	return err
 }
@@ -146,11 +172,15 @@ func (h *Host) canvass(ctx context.Context) (cluster string, founders []string, 
 
 func (h *Host) join(cluster string, founders []string) error {
 	id := h.identity
-	id.ClusterID, id.Founders = cluster, founders
+	var err error
+	if id.ClusterID, id.Epoch, err = parseCluster(cluster); err != nil {
+		return fmt.Errorf("%w: cluster %q", ErrForeign, cluster)
+	}
+	id.Founders = founders
 	if err := h.saveIdentity(id); err != nil {
 		return err
 	}
-	h.peers.Join(id.ClusterID, founders)
+	h.peers.Join(cluster, founders)
 	return nil
 }
 
@@ -190,25 +220,24 @@ func (g *group) bootstrap(cfg *raft.Config) error {
 
 // recordGroups remembers which groups have been here: one of them that is empty at a later start has lost its votes.
 func (h *Host) recordGroups() error {
-	groups, id := h.groups(), h.identity
-	if len(h.recorded) == len(groups) {
+	groups, now := h.groups(), slices.Clone(h.recorded)
+	if len(now) == len(groups) {
 		return nil
 	}
-	id.Groups = slices.Clone(h.recorded)
 	for _, g := range groups {
 		last, err := g.log.LastIndex()
 		if err != nil {
 			return err
 		}
-		if last > 0 && !slices.Contains(id.Groups, uint32(g.id)) {
-			id.Groups = append(id.Groups, uint32(g.id))
+		if last > 0 && !slices.Contains(now, uint32(g.id)) {
+			now = append(now, uint32(g.id))
 		}
 	}
-	if len(id.Groups) == len(h.recorded) {
+	if len(now) == len(h.recorded) {
 		return nil
 	}
-	h.recorded = id.Groups
-	return writeIdentity(filepath.Join(h.cfg.DataDir, identityFile), id)
+	h.recorded = now
+	return h.recordIdentity()
 }
 
 // announce tells meta, through whichever voter leads it, that this node has another incarnation than the founder of its number: until then nobody speaks to it.
@@ -228,7 +257,7 @@ func (h *Host) announce(ctx context.Context, self state.Node) error {
 				continue
 			}
 			p, err := h.peers.Ask(ctx, v.Addr)
-			if err != nil || p.Cluster != h.identity.ClusterID {
+			if err != nil || p.Cluster != h.identity.cluster() {
 				continue
 			}
 			var r forwardedResult

@@ -52,15 +52,7 @@ func (c *trio) config(i int) Config {
 
 func (c *trio) open(i int) error {
 	cfg := c.config(i)
-	var err error
-	for end := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) { // the port of a node that ended a moment ago
-		if cfg.PeerListener, err = net.Listen("tcp", c.voters[i].Addr); err == nil || time.Now().After(end) {
-			break
-		}
-	}
-	if err != nil {
-		return err
-	}
+	cfg.PeerListener = listenAt(c.t, c.voters[i].Addr)
 	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
 	defer cancel()
 	h, err := Open(ctx, cfg)
@@ -68,6 +60,27 @@ func (c *trio) open(i int) error {
 	defer c.mu.Unlock()
 	c.hosts[i] = h
 	return err
+}
+
+// listenAt takes a port, also that of a node that ended a moment ago; nil if it cannot be had.
+func listenAt(t testing.TB, addr string) net.Listener {
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		l, err := net.Listen("tcp", addr)
+		if err == nil {
+			return l
+		}
+		if time.Now().After(end) {
+			t.Error(err)
+			return nil
+		}
+	}
+}
+
+func closeIf(h *Host) error {
+	if h == nil {
+		return nil
+	}
+	return h.Close(context.Background())
 }
 
 // start opens nodes at once and waits for all.

@@ -1,6 +1,7 @@
 package tiering
 
 import (
+	"context"
 	"log/slog"
 	"time"
 
@@ -26,6 +27,8 @@ type Config struct {
 	CacheBytes int64
 	// ColdReads bounds GETs in flight for consumers (16).
 	ColdReads int
+	// MayDelete is asked before objects are deleted: an error says that another history of the cluster may need them. nil = always.
+	MayDelete func(ctx context.Context) error
 	// HousekeepEvery is the period of retention and deletion (30 s).
 	HousekeepEvery time.Duration
 	// RetryFirst and RetryLast bound the pause between tries of an upload, with jitter (200 ms, 30 s).

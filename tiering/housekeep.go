@@ -112,7 +112,7 @@ type garbage struct {
 // collectGarbage deletes objects whose grace is over. A swept upload is deleted twice, since its PUT may end late.
 func (t *Tiering) collectGarbage(ctx context.Context, s record.ShardID, now record.Timestamp, g garbage) {
 	var gone []segment.Number
-	n, failures := 0, 0
+	n, failures, asked := 0, 0, t.cfg.MayDelete == nil
 	doomed := t.cat.Doomed(s)
 	slices.SortStableFunc(doomed, func(a, b segment.Object) int { return rank(g.failed[a.Number]) - rank(g.failed[b.Number]) })
 	for _, o := range doomed {
@@ -129,6 +129,13 @@ func (t *Tiering) collectGarbage(ctx context.Context, s record.ShardID, now reco
 		}
 		if o.Since+record.Timestamp(grace/time.Millisecond) > now {
 			continue
+		}
+		if !asked {
+			if err := t.cfg.MayDelete(ctx); err != nil {
+				t.cfg.Logger.Warn("nothing is deleted", "component", "tier", "shard", s, "err", err)
+				break
+			}
+			asked = true
 		}
 		n++
 		if err := t.bucket.Delete(ctx, o.Key()); err != nil {

@@ -86,6 +86,8 @@ func dataDirFault(cfg *config, err error) error {
 	switch {
 	case errors.Is(err, raftmeta.ErrLocked):
 		f.Code, f.Fix = "E_DATA_DIR_LOCKED", "stop the other process, or give this one a directory of its own with --data-dir"
+	case errors.Is(err, raftmeta.ErrRecovering):
+		f.Code, f.Fix = "E_RECOVERING", "run estran recover again: it goes on where it stopped"
 	case errors.Is(err, raftmeta.ErrForeign):
 		f.Code, f.Fix = "E_DATA_DIR_FOREIGN", "give the node an empty directory with --data-dir; nothing was changed in this one"
 	case errors.Is(err, fs.ErrPermission):
@@ -104,6 +106,8 @@ func diskFault(cfg *config, err error) error {
 	switch {
 	case errors.Is(err, raftmeta.ErrRemoved):
 		return removedFault(cfg, err)
+	case errors.Is(err, errFenced):
+		return fencedFault(cfg, err)
 	case errors.Is(err, raftlog.ErrHung):
 		f.Code, f.Fix = "E_DISK_HUNG", "see what holds the disk up; start the node again when it answers: what was acknowledged is there"
 	case errors.Is(err, raftlog.ErrPoisoned), errors.Is(err, syscall.EIO), errors.Is(err, syscall.EROFS), errors.Is(err, syscall.ENOSPC): // the log, or a snapshot

@@ -61,7 +61,7 @@ func newRoot(s streams) *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return &fault{Code: "E_USAGE", What: err.Error(), Fix: cmd.CommandPath() + " --help", Exit: exitUsage, Err: err}
 	})
-	root.AddCommand(devCommand(s), serveCommand(s), topicCommand(s), segmentCommand(s), configCommand(s),
+	root.AddCommand(devCommand(s), serveCommand(s), topicCommand(s), segmentCommand(s), configCommand(s), recoverCommand(s),
 		clusterCommand(s), doctorCommand(s), versionCommand(s))
 	return root
 }

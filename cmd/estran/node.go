@@ -45,13 +45,14 @@ type node struct {
 	fatal    chan error
 	draining atomic.Bool
 	wired    chan struct{} // closed when tier and server are there: leading begins
+	ended    chan struct{} // closed when the node ends
 	wg       sync.WaitGroup
 	started  time.Time
 }
 
 // startNode builds and starts a voter. On an error everything that was started is stopped again.
 func startNode(ctx context.Context, cfg *config, log *slog.Logger) (_ *node, err error) {
-	n := &node{cfg: cfg, log: log, fatal: make(chan error, 8), wired: make(chan struct{}), started: time.Now()}
+	n := &node{cfg: cfg, log: log, fatal: make(chan error, 8), wired: make(chan struct{}), ended: make(chan struct{}), started: time.Now()}
 	defer func() {
 		if err != nil {
 			n.stop(context.Background())
@@ -76,6 +77,9 @@ func startNode(ctx context.Context, cfg *config, log *slog.Logger) (_ *node, err
 		return nil, err
 	}
 	n.bucket = objstore.Prefixed(n.bucket, clusterPrefix(n.host.ClusterID()))
+	if err := checkFence(ctx, n.bucket, n.host.RecoveryEpoch()); errors.Is(err, errFenced) {
+		return nil, fencedFault(cfg, err)
+	}
 	if err := checkBucket(ctx, n.bucket, n.host.ClusterID(), n.host.Founder()); err != nil {
 		return nil, storeFault(cfg, err)
 	}
@@ -216,7 +220,7 @@ func (n *node) wire(reg prometheus.Registerer) {
 	t := &n.cfg.Tiering
 	n.tier = tiering.New(tiering.Config{SealBytes: int64(t.SealBytes), SealAge: time.Duration(t.SealAge), UploadConcurrency: t.UploadConcurrency,
 		PrepareTTL: time.Duration(t.PrepareTTL), Grace: time.Duration(t.DeleteGrace), CacheBytes: int64(t.CacheBytes),
-		RehomeBytes: min(1<<30, int64(n.cfg.Hot.MaxBytes)/4), Logger: n.log, Registerer: reg}, n.host, n.bucket)
+		MayDelete: func(ctx context.Context) error { return checkFence(ctx, n.bucket, n.host.RecoveryEpoch()) }, RehomeBytes: min(1<<30, int64(n.cfg.Hot.MaxBytes)/4), Logger: n.log, Registerer: reg}, n.host, n.bucket)
 	n.reader = tiering.NewReader(n.tier, n.host)
 	bc, _ := n.cfg.brokerConfig()
 	bc.Logger, bc.Registerer = n.log, reg
@@ -227,6 +231,7 @@ func (n *node) wire(reg prometheus.Registerer) {
 func (n *node) serve(reg *prometheus.Registry, info versionInfo) {
 	n.web = &http.Server{Handler: admin.Handler(admin.Config{Gatherer: reg, Live: n.live, Ready: n.ready, Version: info,
 		Cluster: func(ctx context.Context) any { return n.host.Status(ctx) }, Commands: clusterCommands(n.host)}), ReadHeaderTimeout: 5 * time.Second}
+	n.wg.Go(n.watchFence)
 	n.wg.Go(func() {
 		if err := n.web.Serve(n.webL); !errors.Is(err, http.ErrServerClosed) {
 			n.stopNow(fmt.Errorf("http listener: %w", err))
@@ -282,6 +287,7 @@ func (n *node) drain(ctx context.Context) {
 
 // stop ends what was started, last first: clients before the log, the log before the store.
 func (n *node) stop(ctx context.Context) {
+	close(n.ended)
 	if n.server != nil {
 		_ = n.server.Close()
 	} else if n.kafka != nil {

@@ -148,6 +148,12 @@ type PreferLeader struct {
 	Node  int32
 }
 
+// Recover makes Node the only member, after the majority was lost and Node's log was made the cluster's. It is done once per epoch.
+type Recover struct {
+	Epoch uint64
+	Node  int32
+}
+
 // ForgetNode removes the registration of a node that is no member.
 type ForgetNode struct{ Node int32 }
 
@@ -226,6 +232,7 @@ func (AlterMembers) kind() Kind        { return KindAlterMembers }
 func (Drain) kind() Kind               { return KindDrain }
 func (PreferLeader) kind() Kind        { return KindPreferLeader }
 func (ForgetNode) kind() Kind          { return KindForgetNode }
+func (Recover) kind() Kind             { return KindRecover }
 func (AddShards) kind() Kind           { return KindAddShards }
 func (CreateTopic) kind() Kind         { return KindCreateTopic }
 func (DeleteTopic) kind() Kind         { return KindDeleteTopic }

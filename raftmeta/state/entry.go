@@ -61,6 +61,7 @@ const (
 	KindPreferLeader   Kind = 74
 	KindForgetNode     Kind = 75
 	KindAddShards      Kind = 76
+	KindRecover        Kind = 77
 )
 
 // ErrEntry: the bytes are no entry.

@@ -19,6 +19,7 @@ type placement struct {
 	Members  []int32                     `json:",omitempty"` // the nodes that should be voters of every group, in order
 	Draining []int32                     `json:",omitempty"` // members that should lead nothing, in order
 	Prefer   map[record.ShardID]int32    `json:",omitempty"` // groups whose leader an operator has chosen
+	Epoch    uint64                      `json:",omitempty"` // of the last recovery from a lost majority
 	Founders map[record.ShardID][]string `json:",omitempty"` // first voters of the shards that were added later
 }
 
@@ -56,6 +57,9 @@ func (c *Cluster) Nodes() (out []Node) {
 	}
 	return out
 }
+
+// RecoveryEpoch counts the recoveries from a lost majority.
+func (c *Cluster) RecoveryEpoch() uint64 { return c.place.Epoch }
 
 // Draining reports whether a member should lead nothing.
 func (c *Cluster) Draining(id int32) bool { return slices.Contains(c.place.Draining, id) }
@@ -160,6 +164,16 @@ func (m *Meta) alterMembers(c AlterMembers) Result {
 		maps.DeleteFunc(p.Prefer, func(_ record.ShardID, n int32) bool { return n == id })
 	}
 	return Result{}
+}
+
+// recover forgets every other node: what is left of them belongs to the cluster as it was.
+func (m *Meta) recover(c Recover) {
+	n, ok := m.c.nodes[c.Node]
+	if c.Epoch <= m.c.place.Epoch || !ok {
+		return
+	}
+	m.c.nodes = map[int32]Node{c.Node: n}
+	m.c.place = placement{Members: []int32{c.Node}, Epoch: c.Epoch, Founders: m.c.place.Founders}
 }
 
 func (m *Meta) drain(c Drain) Result {

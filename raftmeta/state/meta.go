@@ -143,6 +143,8 @@ func (m *Meta) section(index RaftIndex, kind Kind, flags uint8, body []byte) Res
 		return m.preferLeader(decode[PreferLeader](body))
 	case KindForgetNode:
 		return m.forgetNode(decode[ForgetNode](body))
+	case KindRecover:
+		m.recover(decode[Recover](body))
 	case KindAddShards:
 		return m.addShards(decode[AddShards](body))
 	case KindCreateTopic:
