@@ -120,6 +120,16 @@ func readIdentity(dir string, nodeID int32, alone bool) (id identity, fresh bool
 	return id, false, nil
 }
 
+// ClusterOf is the cluster and recovery epoch that a data directory belongs to, "" if none. It changes nothing and reports no errors: Open does.
+func ClusterOf(dir string) (clusterID string, epoch uint64) {
+	b, err := os.ReadFile(filepath.Join(dir, identityFile))
+	var id identity
+	if err != nil || json.Unmarshal(b, &id) != nil {
+		return "", 0
+	}
+	return id.ClusterID, id.Epoch
+}
+
 func random(n int) []byte {
 	b := make([]byte, n)
 	_, _ = rand.Read(b) // never fails

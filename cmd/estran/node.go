@@ -73,13 +73,15 @@ func startNode(ctx context.Context, cfg *config, log *slog.Logger) (_ *node, err
 	if err := n.openBucket(ctx, reg); err != nil {
 		return nil, err
 	}
+	if cluster, epoch := raftmeta.ClusterOf(cfg.Node.DataDir); cluster != "" { // before it waits for voters that may be fenced too
+		if err := checkFence(ctx, objstore.Prefixed(n.bucket, clusterPrefix(cluster)), epoch); errors.Is(err, errFenced) {
+			return nil, fencedFault(cfg, err)
+		}
+	}
 	if err := n.openHost(ctx, reg); err != nil {
 		return nil, err
 	}
 	n.bucket = objstore.Prefixed(n.bucket, clusterPrefix(n.host.ClusterID()))
-	if err := checkFence(ctx, n.bucket, n.host.RecoveryEpoch()); errors.Is(err, errFenced) {
-		return nil, fencedFault(cfg, err)
-	}
 	if err := checkBucket(ctx, n.bucket, n.host.ClusterID(), n.host.Founder()); err != nil {
 		return nil, storeFault(cfg, err)
 	}
