@@ -48,6 +48,9 @@ type Config struct {
 	OnLead func(ctx context.Context, shard record.ShardID)
 	// OnFatal is told when the node must stop: a failed write, a disk that hangs.
 	OnFatal func(error)
+	// OnBackup keeps the state of a group that this node leads outside the cluster; it is called every BackupEvery (5 min) with something new. nil = nobody does.
+	OnBackup    func(ctx context.Context, b Backup) error
+	BackupEvery time.Duration
 	// StoreTime returns the object store's time; ok is false if it does not tell.
 	StoreTime func() (t time.Time, ok bool)
 
@@ -109,6 +112,9 @@ func (c *Config) validate() error {
 	}
 	if c.OnFatal == nil {
 		c.OnFatal = func(error) {}
+	}
+	if c.BackupEvery == 0 {
+		c.BackupEvery = backupEvery
 	}
 	if c.StoreTime == nil {
 		c.StoreTime = func() (time.Time, bool) { return time.Time{}, false }

@@ -239,6 +239,9 @@ func (g *group) lead(ctx context.Context, term uint64) {
 	defer wg.Wait()
 	wg.Go(func() { g.keepVoters(ctx) })
 	wg.Go(func() { g.balance(ctx) })
+	if g.host.cfg.OnBackup != nil {
+		wg.Go(func() { g.backups(ctx) })
+	}
 	if g.id == 0 {
 		<-ctx.Done()
 		return

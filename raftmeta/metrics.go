@@ -13,19 +13,19 @@ import (
 // metrics are the node's raft and log series. Counters and histograms are observed where things happen; gauges are read at a scrape, from
 // accessors that take no lock of the write path.
 type metrics struct {
-	fsync, store, commit, propose                         *prometheus.HistogramVec
-	applied, failed, voids, snapshots, snapFailed         *prometheus.CounterVec
-	appends, entries, bytes, rotations, headTrim, tailCut *prometheus.CounterVec
-	throttled, refused                                    prometheus.Counter
-	gauges                                                map[string]*prometheus.Desc
-	host                                                  *Host
+	fsync, store, commit, propose                          *prometheus.HistogramVec
+	applied, failed, voids, snapshots, snapFailed, backups *prometheus.CounterVec
+	appends, entries, bytes, rotations, headTrim, tailCut  *prometheus.CounterVec
+	throttled, refused                                     prometheus.Counter
+	gauges                                                 map[string]*prometheus.Desc
+	host                                                   *Host
 }
 
 // groupMetrics are a group's children.
 type groupMetrics struct {
-	commit, propose                               prometheus.Observer
-	applied, failed, voids, snapshots, snapFailed prometheus.Counter
-	log                                           raftlog.Metrics
+	commit, propose                                        prometheus.Observer
+	applied, failed, voids, snapshots, snapFailed, backups prometheus.Counter
+	log                                                    raftlog.Metrics
 }
 
 var buckets = []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}
@@ -47,6 +47,7 @@ func newMetrics(h *Host) *metrics {
 		voids:      count("estran_raft_term_mismatch_total", "Entries applied as void because they were proposed in another term."),
 		snapshots:  count("estran_raft_snapshots_total", "Snapshots taken."),
 		snapFailed: count("estran_raft_snapshot_failures_total", "Snapshots that failed."),
+		backups:    count("estran_raft_snapshots_uploaded_total", "Snapshots of led groups that were put into the bucket."),
 		appends:    count("estran_raft_log_appends_total", "Batches stored in the log."),
 		entries:    count("estran_raft_log_appended_entries_total", "Entries stored in the log."),
 		bytes:      count("estran_raft_log_appended_bytes_total", "Bytes stored in the log, as written."),
@@ -86,14 +87,14 @@ func (m *metrics) group(id record.ShardID) *groupMetrics {
 		kind, g = "meta", "meta"
 	}
 	return &groupMetrics{commit: m.commit.WithLabelValues(kind), propose: m.propose.WithLabelValues(kind), applied: m.applied.WithLabelValues(g),
-		failed: m.failed.WithLabelValues(g), voids: m.voids.WithLabelValues(g), snapshots: m.snapshots.WithLabelValues(g), snapFailed: m.snapFailed.WithLabelValues(g),
+		failed: m.failed.WithLabelValues(g), voids: m.voids.WithLabelValues(g), snapshots: m.snapshots.WithLabelValues(g), snapFailed: m.snapFailed.WithLabelValues(g), backups: m.backups.WithLabelValues(g),
 		log: raftlog.Metrics{Fsync: m.fsync.WithLabelValues(kind), Store: m.store.WithLabelValues(kind), Appends: m.appends.WithLabelValues(g),
 			Entries: m.entries.WithLabelValues(g), Bytes: m.bytes.WithLabelValues(g), Rotations: m.rotations.WithLabelValues(g),
 			HeadTrim: m.headTrim.WithLabelValues(g), TailCut: m.tailCut.WithLabelValues(g)}}
 }
 
 func (m *metrics) register(r prometheus.Registerer, h *Host) {
-	r.MustRegister(m.fsync, m.store, m.commit, m.propose, m.applied, m.failed, m.voids, m.snapshots, m.snapFailed, m.appends, m.entries, m.bytes,
+	r.MustRegister(m.fsync, m.store, m.commit, m.propose, m.applied, m.failed, m.voids, m.snapshots, m.snapFailed, m.backups, m.appends, m.entries, m.bytes,
 		m.rotations, m.headTrim, m.tailCut, m.throttled, m.refused, m)
 }
 

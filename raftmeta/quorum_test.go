@@ -24,6 +24,7 @@ type trio struct {
 	dirs   []string
 	mu     sync.Mutex // guards hosts, and the list of voters
 	hosts  []*Host
+	change func(*Config) // nil = nothing
 }
 
 func newTrio(t testing.TB, n int) *trio {
@@ -53,6 +54,9 @@ func (c *trio) config(i int) Config {
 func (c *trio) open(i int) error {
 	cfg := c.config(i)
 	cfg.PeerListener = listenAt(c.t, c.voters[i].Addr)
+	if c.change != nil {
+		c.change(&cfg)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
 	defer cancel()
 	h, err := Open(ctx, cfg)

@@ -66,7 +66,7 @@ var owners = map[string][]string{
 	"github.com/spf13/cobra":              {"cmd/estran"},
 	"github.com/goccy/go-yaml":            {"cmd/estran"},
 	"github.com/pierrec/lz4":              {"tiering/record"},
-	"github.com/klauspost/compress":       {"tiering/record", "raftmeta"},
+	"github.com/klauspost/compress":       {"tiering/record", "tiering", "raftmeta"},
 	"github.com/prometheus/client_golang": {"objstore", "tiering", "raftmeta", "raftmeta/raftlog", "raftmeta/peer", "broker", "broker/admin", "cmd/estran"},
 	"github.com/tidwall/btree":            {"raftmeta/state"},
 }

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"strconv"
@@ -143,15 +144,34 @@ func (n *node) openHost(ctx context.Context, reg prometheus.Registerer) error {
 		storeTime = freshTime(d)
 	}
 	bc, _ := n.cfg.brokerConfig()
+	backups := &backups{cfg: n.cfg, bucket: n.bucket}
 	h, err := raftmeta.Open(ctx, raftmeta.Config{NodeID: n.cfg.Node.ID, DataDir: n.cfg.Node.DataDir, Host: host, Port: port, Rack: n.cfg.Node.Rack,
 		Shards: uint32(n.cfg.Quorum.Shards), HotMaxBytes: int64(n.cfg.Hot.MaxBytes), LocalRetentionBytes: int64(n.cfg.Tiering.LocalRetentionBytes),
-		OffsetsRetention: bc.OffsetsRetention, Voters: voters, PeerAdvertise: reachable(n.cfg.Listeners.Peer.Advertise, peer), Secret: secret, PeerListener: peer, Logger: n.log, Registerer: reg, OnLead: n.lead, OnFatal: n.stopNow, StoreTime: storeTime})
+		OffsetsRetention: bc.OffsetsRetention, Voters: voters, PeerAdvertise: reachable(n.cfg.Listeners.Peer.Advertise, peer), Secret: secret, PeerListener: peer, Logger: n.log, Registerer: reg, OnLead: n.lead, OnFatal: n.stopNow, OnBackup: backups.save, StoreTime: storeTime})
 	if err != nil {
 		_ = peer.Close() // Open may have closed it
 		return quorumFault(n.cfg, err)
 	}
 	n.host = h
+	backups.host.Store(h)
 	return nil
+}
+
+// backups keeps the states of groups in the bucket.
+type backups struct {
+	cfg    *config
+	bucket objstore.Bucket
+	host   atomic.Pointer[raftmeta.Host] // nil until the node knows its cluster
+}
+
+func (b *backups) save(ctx context.Context, s raftmeta.Backup) error {
+	h := b.host.Load()
+	if h == nil {
+		return errors.New("the node is starting")
+	}
+	bucket := objstore.Prefixed(b.bucket, clusterPrefix(h.ClusterID()))
+	to := tiering.Snapshots{Bucket: bucket, Dir: filepath.Join(b.cfg.Node.DataDir, "stage"), MayDelete: func(ctx context.Context) error { return checkFence(ctx, bucket, h.RecoveryEpoch()) }}
+	return to.Save(ctx, tiering.Snapshot{Group: s.Group, Epoch: s.Epoch, Index: s.Index, Term: s.Term}, s.Write)
 }
 
 // freshTime uses the store's word on the time only where it differs from what it said before: an answer that is old says nothing about now.
