@@ -31,6 +31,8 @@ func code(c state.Code) error {
 		return ErrUnknownPartition
 	case state.OffsetOutOfRange:
 		return ErrOffsetOutOfRange
+	case state.Moved:
+		return ErrNotLeader
 	case state.Stale:
 		return fmt.Errorf("%w: stale", ErrInvalid)
 	}

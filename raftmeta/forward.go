@@ -193,6 +193,8 @@ func decodeForwarded(f forwarded) (state.Command, error) {
 		return as[state.Drain](f.Body)
 	case state.KindPreferLeader:
 		return as[state.PreferLeader](f.Body)
+	case state.KindSettleSlots:
+		return as[state.SettleSlots](f.Body)
 	case state.KindTrimOutbox:
 		return as[state.TrimOutbox](f.Body)
 	}

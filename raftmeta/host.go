@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"os"
 	"path/filepath"
@@ -378,11 +377,6 @@ func (h *Host) majority(ctx context.Context, g *group, term uint64) error {
 		return fmt.Errorf("%w: %d of %d voters confirm term %d", ErrNotLeader, agree(got), len(voters), term)
 	}
 	return nil
-}
-
-// slotOf is the slot of a group or transactional ID.
-func slotOf(id string) uint8 {
-	return uint8(crc32.Checksum([]byte(id), crc32.MakeTable(crc32.Castagnoli)))
 }
 
 // handOverTime bounds how long a node that goes waits for somebody to take a group's leadership.

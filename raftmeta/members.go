@@ -89,6 +89,11 @@ func (g *group) keepVoters(ctx context.Context) {
 		if err := g.keepOnce(ctx); err != nil && ctx.Err() == nil {
 			g.log_.Warn("changing the voters", "err", err)
 		}
+		if g.id != 0 {
+			if err := g.settleSlots(ctx); err != nil && ctx.Err() == nil {
+				g.log_.Warn("giving slots away", "err", err)
+			}
+		}
 		if g.id == 0 {
 			if err := g.host.keepMeta(ctx); err != nil && ctx.Err() == nil {
 				g.log_.Warn("keeping the members", "err", err)

@@ -110,6 +110,16 @@ func TestGrowAndShrink(t *testing.T) {
 	c.start(0)
 	first := c.hosts[0]
 	tp := record.TopicPartition{Topic: newTopic(t, first, "t", 1).ID}
+	commit := func(h *Host, group string, at record.Offset) error {
+		ch := make(chan error, 1)
+		h.ProposeGroup(h.GroupShard(group), []state.Command{state.CommitOffsets{Group: group, Offsets: []state.OffsetCommit{{TP: tp, Offset: at}}}}, func(err error) { ch <- err })
+		return <-ch
+	}
+	for i := range 20 {
+		if err := commit(first, fmt.Sprint("early-", i), record.Offset(i)); err != nil {
+			t.Fatal(err)
+		}
+	}
 	var mu sync.Mutex
 	var want []string
 	stop := make(chan struct{})
@@ -170,6 +180,36 @@ func TestGrowAndShrink(t *testing.T) {
 		}
 		return len(led) == 3
 	})
+	// groups stay with their offsets; slots without one go to the new shards
+	until(t, "no slot to be on its way", func() bool {
+		return len(first.Cluster().Moving(1))+len(first.Cluster().Moving(2))+len(first.Cluster().Moving(3)) == 0
+	})
+	slots := map[record.ShardID]int{}
+	for slot := range state.GroupSlots {
+		slots[first.Cluster().SlotShard(uint8(slot))]++
+	}
+	if slots[3] < state.GroupSlots/5 {
+		t.Errorf("slots per shard: %v", slots)
+	}
+	for i := range 20 {
+		g := first.Group(fmt.Sprint("early-", i))
+		if g == nil || g.Offsets[tp].Offset != record.Offset(i) {
+			t.Errorf("group early-%d is %v after slots moved", i, g)
+		}
+	}
+	in := map[record.ShardID]bool{}
+	for i := range 30 { // new groups are everywhere
+		id := fmt.Sprint("later-", i)
+		until(t, "a commit of "+id, func() bool {
+			s := first.GroupShard(id)
+			in[s] = true
+			n, ok := first.Leader(s)
+			return ok && commit(c.hosts[n-1], id, 1) == nil
+		})
+	}
+	if len(in) != 3 {
+		t.Errorf("new groups are in the shards %v", in)
+	}
 	c.extend(2)
 	join(3)
 	join(4)

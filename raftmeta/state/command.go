@@ -33,6 +33,7 @@ type Effect struct {
 	EnsurePartition *EnsurePartition `json:",omitempty"`
 	DropTopic       *DropTopic       `json:",omitempty"`
 	SetConfig       *SetConfig       `json:",omitempty"`
+	ReleaseSlots    *ReleaseSlots    `json:",omitempty"`
 }
 
 // EnsurePartition creates a partition if it is not there.
@@ -233,6 +234,7 @@ func (Drain) kind() Kind               { return KindDrain }
 func (PreferLeader) kind() Kind        { return KindPreferLeader }
 func (ForgetNode) kind() Kind          { return KindForgetNode }
 func (Recover) kind() Kind             { return KindRecover }
+func (SettleSlots) kind() Kind         { return KindSettleSlots }
 func (AddShards) kind() Kind           { return KindAddShards }
 func (CreateTopic) kind() Kind         { return KindCreateTopic }
 func (DeleteTopic) kind() Kind         { return KindDeleteTopic }
@@ -258,6 +260,8 @@ const (
 	Exists
 	Invalid
 	OffsetOutOfRange
+	// Moved: the group's slot is another shard's.
+	Moved
 )
 
 // Result is what a command that is not a batch returns. Value is the command's own result, if it has one.

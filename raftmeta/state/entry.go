@@ -62,6 +62,7 @@ const (
 	KindForgetNode     Kind = 75
 	KindAddShards      Kind = 76
 	KindRecover        Kind = 77
+	KindSettleSlots    Kind = 78
 )
 
 // ErrEntry: the bytes are no entry.

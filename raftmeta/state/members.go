@@ -20,6 +20,7 @@ type placement struct {
 	Draining []int32                     `json:",omitempty"` // members that should lead nothing, in order
 	Prefer   map[record.ShardID]int32    `json:",omitempty"` // groups whose leader an operator has chosen
 	Epoch    uint64                      `json:",omitempty"` // of the last recovery from a lost majority
+	Moving   map[uint8]slotMove          `json:",omitempty"` // slots that shards were asked to let go
 	Founders map[record.ShardID][]string `json:",omitempty"` // first voters of the shards that were added later
 }
 
@@ -173,7 +174,7 @@ func (m *Meta) recover(c Recover) {
 		return
 	}
 	m.c.nodes = map[int32]Node{c.Node: n}
-	m.c.place = placement{Members: []int32{c.Node}, Epoch: c.Epoch, Founders: m.c.place.Founders}
+	m.c.place = placement{Members: []int32{c.Node}, Epoch: c.Epoch, Moving: m.c.place.Moving, Founders: m.c.place.Founders}
 }
 
 func (m *Meta) drain(c Drain) Result {
@@ -216,6 +217,7 @@ func (m *Meta) addShards(c AddShards) Result {
 	}
 	f := map[record.ShardID][]string{}
 	maps.Copy(f, m.c.place.Founders)
+	first := record.ShardID(m.c.Shards + 1)
 	for m.c.Shards < c.Total {
 		m.c.Shards++
 		s := record.ShardID(m.c.Shards)
@@ -223,5 +225,6 @@ func (m *Meta) addShards(c AddShards) Result {
 		m.outboxes[s] = &outbox{First: 1}
 	}
 	m.c.place.Founders = f
+	m.moveSlots(first)
 	return Result{}
 }

@@ -145,6 +145,8 @@ func (m *Meta) section(index RaftIndex, kind Kind, flags uint8, body []byte) Res
 		return m.forgetNode(decode[ForgetNode](body))
 	case KindRecover:
 		m.recover(decode[Recover](body))
+	case KindSettleSlots:
+		m.settleSlots(decode[SettleSlots](body))
 	case KindAddShards:
 		return m.addShards(decode[AddShards](body))
 	case KindCreateTopic:

@@ -36,6 +36,7 @@ type Shard struct {
 	byUUID    map[segment.UUID]segment.Number // prepared ones
 	number    segment.Number
 	groups    map[string]*Group
+	released  slotSet    // slots whose groups are another shard's
 	entries   []entryRef // number entryBase+i
 	live      []int32    // refs per entry
 	entBase   uint32
@@ -165,9 +166,17 @@ func (s *Shard) section(index RaftIndex, term Term, kind Kind, flags uint8, body
 	case KindForget:
 		r = s.applyForget(decode[Forget](body))
 	case KindPutGroup:
-		r = s.applyPutGroup(decode[PutGroup](body))
+		if c := decode[PutGroup](body); s.Released(GroupSlot(c.ID)) {
+			r.Code = Moved
+		} else {
+			r = s.applyPutGroup(c)
+		}
 	case KindCommitOffsets:
-		r = s.applyCommitOffsets(decode[CommitOffsets](body))
+		if c := decode[CommitOffsets](body); s.Released(GroupSlot(c.Group)) {
+			r.Code = Moved
+		} else {
+			r = s.applyCommitOffsets(c)
+		}
 	case KindDeleteGroup:
 		r = s.applyDeleteGroup(decode[DeleteGroup](body))
 	case KindDeleteOffsets:
@@ -337,6 +346,8 @@ func (s *Shard) applyEffects(c MetaEffects) Result {
 			s.ensure(*e.EnsurePartition)
 		case e.DropTopic != nil:
 			s.dropTopic(e.DropTopic.Topic)
+		case e.ReleaseSlots != nil:
+			s.releaseSlots(*e.ReleaseSlots)
 		case e.SetConfig != nil:
 			for tp, h := range s.byTP {
 				if tp.Topic == e.SetConfig.Topic {

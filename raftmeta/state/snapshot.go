@@ -39,10 +39,12 @@ type shardSnapshot struct {
 	Number  segment.Number
 	Voids   uint64
 	EntBase uint32
-	Entries []entryRef
-	Parts   []partitionSnapshot
-	Objects []segment.Object
-	Groups  []Group
+	// Released are the slots that the shard has let go, a bit each; nil = none.
+	Released []byte `json:",omitempty"`
+	Entries  []entryRef
+	Parts    []partitionSnapshot
+	Objects  []segment.Object
+	Groups   []Group
 }
 
 type partitionSnapshot struct {
@@ -82,7 +84,7 @@ func (s *Shard) Freeze() Frozen {
 		f.objects = append(f.objects, *o)
 	}
 	f.head = shardSnapshot{ID: s.id, Applied: s.applied, Clock: s.clock, Level: s.level, Leader: s.leader, Chain: s.chain, Cursor: s.cursor, Handles: s.handles,
-		Number: s.number, Voids: s.voids, EntBase: s.entBase, Entries: slices.Clip(s.entries)}
+		Number: s.number, Voids: s.voids, EntBase: s.entBase, Released: s.released.bytes(), Entries: slices.Clip(s.entries)}
 	return f
 }
 
@@ -160,6 +162,7 @@ func RestoreShard(r io.Reader) (*Shard, error) {
 	s := NewShard(h.ID)
 	s.applied, s.clock, s.level, s.leader, s.chain, s.cursor = h.Applied, h.Clock, h.Level, h.Leader, h.Chain, h.Cursor
 	s.handles, s.number, s.voids, s.entBase, s.entries = h.Handles, h.Number, h.Voids, h.EntBase, h.Entries
+	copy(s.released[:], h.Released)
 	s.live = make([]int32, len(h.Entries))
 	if h.Handles > 1<<26 {
 		return nil, fmt.Errorf("%w: %d handles", ErrSnapshot, h.Handles)

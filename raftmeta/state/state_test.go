@@ -678,3 +678,108 @@ func TestMembers(t *testing.T) {
 	}
 	check("somebody leads if all drain", len(m.View().Leaders(1)), 4)
 }
+
+// Slots without a group go to shards that are added, as they were asked for; a slot with a group stays, and no group is ever in a slot that its shard has let go.
+func TestSlotsMove(t *testing.T) {
+	m := NewMeta()
+	shards := map[record.ShardID]*Shard{1: NewShard(1), 2: NewShard(2), 3: NewShard(3)}
+	index := RaftIndex(0)
+	entry := func(c Command) []byte {
+		var e Entry
+		if _, err := e.Add(c); err != nil {
+			t.Fatal(err)
+		}
+		data, _ := e.Cut(1, nil, 0, nil)
+		index++
+		return data
+	}
+	meta := func(c Command) Code { d := entry(c); return m.Apply(index, 1, d)[0].Code }
+	shard := func(s record.ShardID, c Command) Code {
+		d := entry(c)
+		return shards[s].Apply(index, 1, d).Results[0].Code
+	}
+	deliver := func(s record.ShardID) {
+		if first, effects := m.Outbox(s, shards[s].Cursor()); len(effects) > 0 {
+			shard(s, MetaEffects{From: first, To: first + uint64(len(effects)) - 1, Effects: effects})
+		}
+	}
+	count := func() map[record.ShardID]int {
+		out := map[record.ShardID]int{}
+		for slot := range GroupSlots {
+			out[m.View().SlotShard(uint8(slot))]++
+		}
+		return out
+	}
+	meta(InitCluster{ClusterID: "c", Shards: 1, Members: []int32{1}})
+	var names []string
+	for i := range 40 { // before any shard is added
+		names = append(names, fmt.Sprint("group-", i))
+		shard(1, PutGroup{ID: names[i]})
+	}
+	if c := meta(AddShards{Total: 3, Founders: []string{"1.a"}}); c != OK {
+		t.Fatal(c)
+	}
+	if got := count(); got[1] != GroupSlots {
+		t.Errorf("moved before the shard was asked: %v", got)
+	}
+	if n := len(m.View().Moving(1)); n != 2*(GroupSlots/3) {
+		t.Errorf("asked for %d slots", n)
+	}
+	deliver(1)
+	kept, released := SettleSlots{Shard: 1}, SettleSlots{Shard: 1}
+	for slot := range m.View().Moving(1) {
+		if shards[1].Released(slot) {
+			released.Released = append(released.Released, int(slot))
+		} else {
+			kept.Kept = append(kept.Kept, int(slot))
+		}
+	}
+	// between the two, and after: a group of a slot that was let go is refused, one that stays is not
+	for i := range 1000 {
+		id := fmt.Sprint("late-", i)
+		want := OK
+		if shards[1].Released(GroupSlot(id)) {
+			want = Moved
+		}
+		if a, b := shard(1, PutGroup{ID: id}), shard(1, CommitOffsets{Group: id}); a != want || b != want {
+			t.Fatalf("group %s: %v, %v, want %v", id, a, b, want)
+		}
+	}
+	meta(SettleSlots{Shard: 2, Released: released.Released}) // not its slots
+	if got := count(); got[1] != GroupSlots {
+		t.Errorf("another shard gave them away: %v", got)
+	}
+	for range 2 { // also told twice
+		meta(released)
+		meta(kept)
+	}
+	if n := len(m.View().Moving(1)); n != 0 {
+		t.Errorf("%d slots are still on their way", n)
+	}
+	for _, id := range names {
+		if s := m.View().SlotShard(GroupSlot(id)); s != 1 {
+			t.Errorf("group %s is in shard 1, its slot in shard %d", id, s)
+		}
+	}
+	got := count()
+	if got[2] == 0 || got[3] == 0 || got[1] != GroupSlots-len(released.Released) || got[2]-got[3] > 20 || got[3]-got[2] > 20 {
+		t.Errorf("slots per shard: %v, %d let go", got, len(released.Released))
+	}
+	f := shards[1].Freeze()
+	var b bytes.Buffer
+	if _, err := f.WriteTo(&b); err != nil {
+		t.Fatal(err)
+	}
+	back, err := RestoreShard(&b)
+	if err != nil || back.released != shards[1].released {
+		t.Errorf("a snapshot does not know what was let go: %v", err)
+	}
+	mf := m.Freeze()
+	b.Reset()
+	if _, err := mf.WriteTo(&b); err != nil {
+		t.Fatal(err)
+	}
+	if mb, err := RestoreMeta(&b); err != nil || mb.c.slots != m.c.slots {
+		t.Errorf("meta's snapshot: %v", err)
+	}
+}
