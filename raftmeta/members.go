@@ -174,7 +174,7 @@ func (g *group) servers() []raft.Server {
 	return f.Configuration().Servers
 }
 
-// keepMeta does what the leader of meta does for the cluster as a whole: it gives every member a shard to lead, and forgets who has left and is gone from every group.
+// keepMeta does what the leader of meta does for the cluster as a whole: when the cluster has grown it gives every member a shard to lead, and it forgets who has left and is gone from every group.
 func (h *Host) keepMeta(ctx context.Context) error {
 	c := h.Cluster()
 	voters := h.meta.voters()
@@ -187,7 +187,7 @@ func (h *Host) keepMeta(ctx context.Context) error {
 		}
 	}
 	members := c.Members()
-	if len(voters) == len(members) && int(c.Shards) < len(members) && len(c.Nodes()) == len(members) {
+	if len(members) > len(h.identity.Founders) && len(voters) == len(members) && int(c.Shards) < len(members) && len(c.Nodes()) == len(members) {
 		_, err := h.meta.propose(ctx, state.AddShards{Total: uint32(len(members)), Founders: voters})
 		return err
 	}
