@@ -56,7 +56,8 @@ func (s *Server) createTopic(ctx context.Context, t raftmeta.TopicSpec) (*state.
 	if err := s.checkTopic(&t); err != nil {
 		return nil, err
 	}
-	return s.b.CreateTopic(ctx, t)
+	made := s.b.CreateTopics(ctx, []raftmeta.TopicSpec{t})[0]
+	return made.Topic, made.Err
 }
 
 // CreateTopics (19), versions 0-7: validate_only from 1, defaults from 4 (KIP-464), the configuration in the answer from 5 (KIP-525), topic IDs from 7.
@@ -100,6 +101,8 @@ func handleCreateTopics(r *request) error {
 	}
 	ctx, cancel := r.timeout(wait)
 	defer cancel()
+	var specs []raftmeta.TopicSpec
+	var asked []*topic
 	for i := range topics {
 		t := &topics[i]
 		switch {
@@ -114,8 +117,11 @@ func handleCreateTopics(r *request) error {
 			t.err = r.s.checkTopic(&t.spec)
 		}
 		if t.err == nil && !validate {
-			t.made, t.err = r.s.b.CreateTopic(ctx, t.spec)
+			specs, asked = append(specs, t.spec), append(asked, t)
 		}
+	}
+	for i, made := range r.s.b.CreateTopics(ctx, specs) {
+		asked[i].made, asked[i].err = made.Topic, made.Err
 	}
 	w := r.respond(128 * len(topics))
 	if r.version >= 2 {
@@ -206,14 +212,12 @@ func handleDeleteTopics(r *request) error {
 	}
 	ctx, cancel := r.timeout(wait)
 	defer cancel()
-	w := r.respond(64 * len(asked))
-	if r.version >= 1 {
-		w.i32(0)
-	}
-	w.array(len(asked))
+	c := r.s.b.Cluster()
+	var ids []record.TopicID
+	var gone []*topicMeta
 	for i := range asked {
 		m := &asked[i]
-		c, ok := r.s.b.Cluster(), false
+		ok := false
 		if m.name != "" {
 			if m.t, ok = c.Topic(m.name); ok {
 				m.id = m.t.ID
@@ -226,8 +230,19 @@ func handleDeleteTopics(r *request) error {
 			m.code = codeUnknownTopicID
 		}
 		if ok {
-			m.code = codeOf(r.s.b.DeleteTopic(ctx, m.id))
+			ids, gone = append(ids, m.id), append(gone, m)
 		}
+	}
+	for i, err := range r.s.b.DeleteTopics(ctx, ids) {
+		gone[i].code = codeOf(err)
+	}
+	w := r.respond(64 * len(asked))
+	if r.version >= 1 {
+		w.i32(0)
+	}
+	w.array(len(asked))
+	for i := range asked {
+		m := &asked[i]
 		if r.version >= 6 {
 			w.text(m.name)
 			w.uuid(m.id)

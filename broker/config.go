@@ -41,8 +41,8 @@ type Cluster interface {
 
 // Admin changes the cluster.
 type Admin interface {
-	CreateTopic(context.Context, raftmeta.TopicSpec) (*state.Topic, error)
-	DeleteTopic(context.Context, record.TopicID) error
+	CreateTopics(context.Context, []raftmeta.TopicSpec) []raftmeta.Created
+	DeleteTopics(context.Context, []record.TopicID) []error
 	CreatePartitions(ctx context.Context, id record.TopicID, total int32) error
 	AlterConfigs(ctx context.Context, topic record.TopicID, set map[string]string, del []string, parsed state.PartitionConfig) error
 	DeleteRecords(ctx context.Context, tp record.TopicPartition, before record.Offset) (record.Offset, error)

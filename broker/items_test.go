@@ -248,7 +248,7 @@ func TestItem46TopicIDs(t *testing.T) {
 	if p := byID(old.ID); p.ErrorCode != 0 || len(p.RecordBatches) == 0 {
 		t.Errorf("by ID: %+v", p)
 	}
-	if err := w.DeleteTopic(t.Context(), old.ID); err != nil {
+	if err := w.DeleteTopics(t.Context(), []record.TopicID{old.ID})[0]; err != nil {
 		t.Fatal(err)
 	}
 	again := w.topic(t, "t", 1, nil)

@@ -41,33 +41,67 @@ func code(c state.Code) error {
 
 // decide commits a command of meta and waits until the shards have applied what follows from it.
 func (h *Host) decide(ctx context.Context, c state.Command) (state.Result, error) {
-	r, err := h.propose(ctx, h.meta, c)
-	if err != nil {
-		return r, err
-	}
-	if err := code(r.Code); err != nil {
-		return r, err
-	}
-	return r, h.settle(ctx)
+	d := h.decideAll(ctx, []state.Command{c})[0]
+	return d.r, d.err
 }
 
-// CreateTopic creates a topic; when it returns, its partitions can be written to.
-func (h *Host) CreateTopic(ctx context.Context, s TopicSpec) (*state.Topic, error) {
-	var id record.TopicID
-	copy(id[:], random(16))
-	id[6], id[8] = id[6]&0x0f|0x40, id[8]&0x3f|0x80 // a version 4 UUID, as Kafka's
-	s.Parsed.Class = segment.ClassForRetention(s.Parsed.RetentionMs, s.Parsed.Compact)
-	r, err := h.decide(ctx, state.CreateTopic{ID: id, Name: s.Name, Partitions: s.Partitions, ReplicationFactor: s.ReplicationFactor, Configs: s.Configs, Config: s.Parsed})
-	if err != nil {
-		return nil, err
+// decideAll is decide for many: they are decided together.
+func (h *Host) decideAll(ctx context.Context, cs []state.Command) []decision {
+	out := h.proposeAll(ctx, h.meta, cs)
+	var done []int
+	for i := range out {
+		d := &out[i]
+		if d.err == nil {
+			d.err = code(d.r.Code)
+		}
+		if d.err == nil {
+			done = append(done, i)
+		}
 	}
-	return r.Value.(*state.Topic), nil
+	if len(done) > 0 {
+		err := h.settle(ctx)
+		for _, i := range done {
+			out[i].err = err
+		}
+	}
+	return out
 }
 
-// DeleteTopic drops a topic; its records are gone when it returns.
-func (h *Host) DeleteTopic(ctx context.Context, id record.TopicID) error {
-	_, err := h.decide(ctx, state.DeleteTopic{ID: id})
-	return err
+// Created is what became of a topic that was asked for.
+type Created struct {
+	Topic *state.Topic
+	Err   error
+}
+
+// CreateTopics creates topics; when it returns, their partitions can be written to.
+func (h *Host) CreateTopics(ctx context.Context, specs []TopicSpec) []Created {
+	cs := make([]state.Command, len(specs))
+	for i, s := range specs {
+		var id record.TopicID
+		copy(id[:], random(16))
+		id[6], id[8] = id[6]&0x0f|0x40, id[8]&0x3f|0x80 // a version 4 UUID, as Kafka's
+		s.Parsed.Class = segment.ClassForRetention(s.Parsed.RetentionMs, s.Parsed.Compact)
+		cs[i] = state.CreateTopic{ID: id, Name: s.Name, Partitions: s.Partitions, ReplicationFactor: s.ReplicationFactor, Configs: s.Configs, Config: s.Parsed}
+	}
+	out := make([]Created, len(specs))
+	for i, d := range h.decideAll(ctx, cs) {
+		if out[i].Err = d.err; d.err == nil {
+			out[i].Topic = d.r.Value.(*state.Topic)
+		}
+	}
+	return out
+}
+
+// DeleteTopics drops topics; their records are gone when it returns.
+func (h *Host) DeleteTopics(ctx context.Context, ids []record.TopicID) []error {
+	cs, out := make([]state.Command, len(ids)), make([]error, len(ids))
+	for i, id := range ids {
+		cs[i] = state.DeleteTopic{ID: id}
+	}
+	for i, d := range h.decideAll(ctx, cs) {
+		out[i] = d.err
+	}
+	return out
 }
 
 // CreatePartitions grows a topic to total partitions.

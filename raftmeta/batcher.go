@@ -337,6 +337,9 @@ func (b *batcher) propose(e *openEntry, data []byte, perm []int32) {
 		e.fail(fmt.Errorf("%w: the entry was proposed in another term", ErrNotLeader))
 		return
 	}
+	if b.g.id == 0 { // every node acts on what meta decides
+		b.g.tell()
+	}
 	for i, p := range e.batches {
 		p.call.results[p.at] = b.g.appendResult(out.appends[perm[i]])
 		p.call.finish(1)

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/estran/estran/raftmeta/peer"
@@ -15,10 +16,14 @@ import (
 // forwardRetry is the pause while a group has no leader.
 const forwardRetry = 20 * time.Millisecond
 
-// forwarded is a command on its way to the leader of its group, and what came of it.
+// forwardBytes bounds what is forwarded at once; one command may be larger.
+const forwardBytes = 256 << 10
+
+// forwarded is a command on its way to the leader of its group, or several; and what came of it.
 type forwarded struct {
-	Kind state.Kind      `json:"kind"`
-	Body json.RawMessage `json:"body"`
+	Kind     state.Kind      `json:"kind,omitempty"`
+	Body     json.RawMessage `json:"body,omitempty"`
+	Commands []forwarded     `json:"commands,omitempty"`
 	// Ask asks whoever it is for the members instead.
 	Ask bool `json:"ask,omitempty"`
 }
@@ -27,72 +32,152 @@ type forwardedResult struct {
 	// NotLeader: it was definitely not proposed. Unknown: it may have been.
 	NotLeader bool       `json:"notLeader,omitempty"`
 	Unknown   string     `json:"unknown,omitempty"`
-	Code      state.Code `json:"code"`
+	Code      state.Code `json:"code,omitempty"`
 	// Index is at or above the index of the command's entry.
-	Index uint64 `json:"index"`
+	Index uint64 `json:"index,omitempty"`
 	First int64  `json:"first,omitempty"` // of producer IDs
 	// Members are the server IDs of the members, as of meta's entry Index.
 	Members []string `json:"members,omitempty"`
 	Why     string   `json:"why,omitempty"` // of a Code
+	// Results are those of Commands.
+	Results []forwardedResult `json:"results,omitempty"`
+}
+
+// decision is what became of a proposed command.
+type decision struct {
+	r   state.Result
+	err error
 }
 
 // propose commits a command of meta wherever meta is led, and returns when it has been applied here too.
 func (h *Host) propose(ctx context.Context, g *group, c state.Command) (state.Result, error) {
+	d := h.proposeAll(ctx, g, []state.Command{c})[0]
+	return d.r, d.err
+}
+
+// proposeAll is propose for many: they share entries and forwards.
+func (h *Host) proposeAll(ctx context.Context, g *group, cs []state.Command) []decision {
+	out := make([]decision, len(cs))
+	left := make([]int, len(cs))
+	for i := range left {
+		left[i] = i
+	}
 	for {
-		r, err := h.proposeOnce(ctx, g, c)
-		if !errors.Is(err, ErrNotLeader) {
-			return r, err
+		h.proposeOnce(ctx, g, cs, left, out)
+		left = slices.DeleteFunc(left, func(i int) bool { return !errors.Is(out[i].err, ErrNotLeader) })
+		if len(left) == 0 {
+			return out
 		}
 		t := time.NewTimer(forwardRetry)
 		select {
 		case <-t.C:
+			continue
 		case <-ctx.Done():
-			t.Stop()
-			return r, fmt.Errorf("%w: %w", ErrTimeout, err)
+			for _, i := range left {
+				out[i].err = fmt.Errorf("%w: %w", ErrTimeout, out[i].err)
+			}
 		case <-h.stop:
-			t.Stop()
-			return r, ErrStopped
+			for _, i := range left {
+				out[i].err = ErrStopped
+			}
+		}
+		t.Stop()
+		return out
+	}
+}
+
+// proposeOnce proposes cs[i] for all i in `which`, here or where the group is led.
+func (h *Host) proposeOnce(ctx context.Context, g *group, cs []state.Command, which []int, out []decision) {
+	if g.leads.Load() > 0 {
+		g.proposeAll(ctx, cs, which, out)
+		return
+	}
+	to := g.leaderServer()
+	if to == "" || to == h.identity.serverID() {
+		for _, i := range which {
+			out[i].err = ErrNotLeader
+		}
+		return
+	}
+	var part []int
+	var msg forwarded
+	size := 0
+	flush := func() {
+		if len(part) > 0 {
+			h.forwardAll(ctx, g, to, cs, part, &msg, out)
+		}
+		part, msg.Commands, size = part[:0], nil, 0
+	}
+	for _, i := range which {
+		body, err := json.Marshal(cs[i])
+		if err != nil {
+			out[i].err = err
+			continue
+		}
+		if size += len(body); size > forwardBytes {
+			flush()
+			size = len(body)
+		}
+		part, msg.Commands = append(part, i), append(msg.Commands, forwarded{Kind: state.KindOf(cs[i]), Body: body})
+	}
+	flush()
+}
+
+// forwardAll asks the leader to propose msg.Commands, which are cs[i] for all i in `which`.
+func (h *Host) forwardAll(ctx context.Context, g *group, to string, cs []state.Command, which []int, msg *forwarded, out []decision) {
+	results, err := h.forward(ctx, g, to, msg)
+	index := uint64(0)
+	for k, i := range which {
+		out[i] = decision{err: err}
+		if err != nil {
+			continue
+		}
+		switch r := &results[k]; {
+		case r.NotLeader:
+			out[i].err = ErrNotLeader
+		case r.Unknown != "":
+			out[i].err = fmt.Errorf("%w: %s", ErrUnknownOutcome, r.Unknown)
+		default:
+			index = max(index, r.Index)
+		}
+	}
+	if err != nil {
+		return
+	}
+	err = h.await(ctx, "the change to be applied here", func() bool { return g.applied.Load() >= index })
+	for k, i := range which {
+		if out[i].err == nil {
+			if out[i].err = err; err == nil {
+				out[i].r = state.Result{Code: results[k].Code, Value: h.valueOf(cs[i], &results[k])}
+			}
 		}
 	}
 }
 
-func (h *Host) proposeOnce(ctx context.Context, g *group, c state.Command) (state.Result, error) {
-	if g.leads.Load() > 0 {
-		return g.propose(ctx, c)
-	}
-	to := g.leaderServer()
-	if to == "" || to == h.identity.serverID() {
-		return state.Result{}, ErrNotLeader
-	}
-	body, err := json.Marshal(c)
+// forward sends commands to the leader; it returns a result for each.
+func (h *Host) forward(ctx context.Context, g *group, to string, msg *forwarded) ([]forwardedResult, error) {
+	body, err := json.Marshal(msg)
 	if err != nil {
-		return state.Result{}, err
+		return nil, err
 	}
-	msg, err := json.Marshal(forwarded{Kind: state.KindOf(c), Body: body})
-	if err != nil {
-		return state.Result{}, err
-	}
-	b, err := h.peers.Forward(ctx, to, uint32(g.id), msg)
+	b, err := h.peers.Forward(ctx, to, uint32(g.id), body)
 	if errors.Is(err, peer.ErrRefused) {
-		return state.Result{}, fmt.Errorf("%w: %w", ErrNotLeader, err)
+		return nil, fmt.Errorf("%w: %w", ErrNotLeader, err)
 	}
 	if err != nil {
-		return state.Result{}, fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
+		return nil, fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
 	}
 	var r forwardedResult
 	if err := json.Unmarshal(b, &r); err != nil {
-		return state.Result{}, fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
+		return nil, fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
 	}
-	switch {
-	case r.NotLeader:
-		return state.Result{}, ErrNotLeader
-	case r.Unknown != "":
-		return state.Result{}, fmt.Errorf("%w: %s", ErrUnknownOutcome, r.Unknown)
+	if r.NotLeader {
+		return nil, ErrNotLeader
 	}
-	if err := h.await(ctx, "the change to be applied here", func() bool { return g.applied.Load() >= r.Index }); err != nil {
-		return state.Result{}, err
+	if len(r.Results) != len(msg.Commands) {
+		return nil, fmt.Errorf("%w: %d results for %d commands", ErrUnknownOutcome, len(r.Results), len(msg.Commands))
 	}
-	return state.Result{Code: r.Code, Value: h.valueOf(c, &r)}, nil
+	return r.Results, nil
 }
 
 // valueOf is a forwarded command's own result, as it is seen here.
@@ -120,31 +205,51 @@ func (h *Host) onForward(ctx context.Context, group uint32, body []byte) ([]byte
 	if f.Ask {
 		return json.Marshal(h.memberServers())
 	}
-	c, err := decodeForwarded(f)
-	if err != nil {
-		return nil, err
+	single := f.Kind != 0
+	if single {
+		f.Commands = []forwarded{f}
+	}
+	cs, which := make([]state.Command, len(f.Commands)), make([]int, len(f.Commands))
+	for i, c := range f.Commands {
+		var err error
+		if cs[i], err = decodeForwarded(c); err != nil {
+			return nil, err
+		}
+		which[i] = i
+		if n, ok := cs[i].(state.RegisterNode); ok { // any node can tell, and the one that leads may be the one of that number
+			if why := h.refuseNode(ctx, n.Node); why != "" {
+				return json.Marshal(forwardedResult{Code: state.Invalid, Why: why})
+			}
+		}
 	}
 	g := h.meta
 	if group != 0 || g == nil {
 		return json.Marshal(forwardedResult{NotLeader: true})
 	}
-	if n, ok := c.(state.RegisterNode); ok { // any node can tell, and the one that leads may be the one of that number
-		if why := h.refuseNode(ctx, n.Node); why != "" {
-			return json.Marshal(forwardedResult{Code: state.Invalid, Why: why})
-		}
+	decided := make([]decision, len(cs))
+	g.proposeAll(ctx, cs, which, decided)
+	var out forwardedResult
+	for _, d := range decided {
+		out.Results = append(out.Results, g.resultOf(d))
 	}
-	r, err := g.propose(ctx, c)
-	switch {
-	case errors.Is(err, ErrNotLeader), errors.Is(err, ErrStopped):
-		return json.Marshal(forwardedResult{NotLeader: true})
-	case err != nil:
-		return json.Marshal(forwardedResult{Unknown: err.Error()})
-	}
-	out := forwardedResult{Code: r.Code, Index: g.applied.Load()}
-	if id, ok := r.Value.(record.ProducerID); ok {
-		out.First = int64(id)
+	if single {
+		out = out.Results[0]
 	}
 	return json.Marshal(out)
+}
+
+func (g *group) resultOf(d decision) forwardedResult {
+	switch {
+	case errors.Is(d.err, ErrNotLeader), errors.Is(d.err, ErrStopped):
+		return forwardedResult{NotLeader: true}
+	case d.err != nil:
+		return forwardedResult{Unknown: d.err.Error()}
+	}
+	out := forwardedResult{Code: d.r.Code, Index: g.applied.Load()}
+	if id, ok := d.r.Value.(record.ProducerID); ok {
+		out.First = int64(id)
+	}
+	return out
 }
 
 func (h *Host) memberServers() forwardedResult {

@@ -257,17 +257,29 @@ func (g *group) lead(ctx context.Context, term uint64) {
 
 // propose commits one command and returns its result.
 func (g *group) propose(ctx context.Context, c state.Command) (state.Result, error) {
+	var out [1]decision
+	g.proposeAll(ctx, []state.Command{c}, []int{0}, out[:])
+	return out[0].r, out[0].err
+}
+
+// proposeAll commits cs[i] for all i in `which` and sets out[i].
+func (g *group) proposeAll(ctx context.Context, cs []state.Command, which []int, out []decision) {
 	type answer struct {
-		r   state.Result
-		err error
+		i int
+		d decision
 	}
-	ch := make(chan answer, 1)
-	g.batcher.command(c, false, func(r state.Result, err error) { ch <- answer{r, err} })
-	select {
-	case a := <-ch:
-		return a.r, a.err
-	case <-ctx.Done():
-		return state.Result{}, fmt.Errorf("%w: %T", ErrUnknownOutcome, c)
+	ch := make(chan answer, len(which))
+	for _, i := range which {
+		out[i] = decision{err: fmt.Errorf("%w: %T", ErrUnknownOutcome, cs[i])} // until it is known
+		g.batcher.command(cs[i], false, func(r state.Result, err error) { ch <- answer{i, decision{r, err}} })
+	}
+	for range which {
+		select {
+		case a := <-ch:
+			out[a.i] = a.d
+		case <-ctx.Done():
+			return
+		}
 	}
 }
 
@@ -435,3 +447,16 @@ func (m *shardMachine) oldestHot() uint64 {
 }
 
 func (m *shardMachine) leader() state.LeaderStart { return m.g.shard.Leader() }
+
+// tell lets the other voters know what is committed, for what waits until they have applied it: raft takes its time (CommitTimeout) when nothing follows.
+func (g *group) tell() {
+	term := g.leads.Load()
+	if g.host.cfg.alone() || term == 0 {
+		return
+	}
+	var e raft.Log
+	if err := g.log.GetLog(g.raft.CommitIndex(), &e); err != nil {
+		return
+	}
+	g.trans.Tell(g.voters(), term, e.Index, e.Term)
+}

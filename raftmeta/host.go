@@ -130,7 +130,6 @@ func (h *Host) open(ctx context.Context) error {
 		return err
 	}
 	close(h.opened)
-	h.wg.Go(h.outboxLoop)
 	if err := h.await(ctx, "every shard to have a leader", func() bool {
 		for _, g := range h.shardList() {
 			if _, ok := h.Leader(g.id); !ok {
@@ -158,6 +157,7 @@ func (h *Host) openShards() error {
 		}
 		longer := append(slices.Clone(have), g)
 		h.shards.Store(&longer)
+		h.wg.Go(func() { h.carry(g) })
 	}
 	return nil
 }

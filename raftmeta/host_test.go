@@ -40,7 +40,7 @@ func openHost(t testing.TB, dir string, change func(*Config)) *Host {
 
 func newTopic(t testing.TB, h *Host, name string, partitions int32) *state.Topic {
 	t.Helper()
-	topic, err := h.CreateTopic(t.Context(), TopicSpec{Name: name, Partitions: partitions, ReplicationFactor: 1, Parsed: state.PartitionConfig{RetentionMs: -1, RetentionBytes: -1}})
+	topic, err := createTopic(t.Context(), h, TopicSpec{Name: name, Partitions: partitions, ReplicationFactor: 1, Parsed: state.PartitionConfig{RetentionMs: -1, RetentionBytes: -1}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -226,7 +226,7 @@ func TestManyAppendersKeepTheirOrder(t *testing.T) {
 func TestAdmin(t *testing.T) {
 	h := openHost(t, t.TempDir(), nil)
 	topic := newTopic(t, h, "t", 2)
-	if _, err := h.CreateTopic(t.Context(), TopicSpec{Name: "t", Partitions: 1}); !errors.Is(err, ErrTopicExists) {
+	if _, err := createTopic(t.Context(), h, TopicSpec{Name: "t", Partitions: 1}); !errors.Is(err, ErrTopicExists) {
 		t.Errorf("create again: %v", err)
 	}
 	if err := h.CreatePartitions(t.Context(), topic.ID, 5); err != nil {
@@ -250,7 +250,7 @@ func TestAdmin(t *testing.T) {
 	if i, err := h.Partition(tp); err != nil || i.Config.RetentionMs != 1000 || i.LogStart != 4 || i.HighWatermark != 10 {
 		t.Errorf("partition: %+v %v", i, err)
 	}
-	if err := h.DeleteTopic(t.Context(), topic.ID); err != nil {
+	if err := h.DeleteTopics(t.Context(), []record.TopicID{topic.ID})[0]; err != nil {
 		t.Fatal(err)
 	}
 	if r := appendSync(t, h, AppendBatch{tp, batchOf(t, -1, -1, "a")})[0]; !errors.Is(r.Err, ErrUnknownPartition) {
@@ -451,4 +451,9 @@ func BenchmarkAppend(b *testing.B) {
 			})
 		}
 	}
+}
+
+func createTopic(ctx context.Context, h *Host, s TopicSpec) (*state.Topic, error) {
+	made := h.CreateTopics(ctx, []TopicSpec{s})[0]
+	return made.Topic, made.Err
 }

@@ -2,6 +2,8 @@ package raftmeta
 
 import (
 	"context"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/estran/estran/raftmeta/state"
@@ -12,22 +14,32 @@ import (
 const effectsMax = 4096
 
 const (
-	// trimAhead effects may stay in the outbox while meta is led elsewhere.
+	// trimAhead effects may stay in the outbox: meta is not asked for every one.
 	trimAhead = 64
 	trimTime  = 2 * time.Second
 )
 
-// outboxLoop carries meta's effects to the shards that this node leads, and trims what they have applied.
-func (h *Host) outboxLoop() {
+// carry takes meta's effects to a shard while this node leads it, and trims what it has applied, until the host closes. Neither waits for another shard, nor a push for a trim.
+func (h *Host) carry(g *group) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() { h.whenPoked("pushing effects", g, func() error { return h.push(ctx, g) }) })
+	wg.Go(func() { h.whenPoked("trimming effects", g, func() error { return h.trim(ctx, g) }) })
+	<-h.stop
+	cancel()
+}
+
+// whenPoked does something for a shard that this node leads, whenever something was applied.
+func (h *Host) whenPoked(what string, g *group, do func() error) {
 	for {
 		h.pokeMu.Lock()
 		ch := h.poked
 		h.pokeMu.Unlock()
-		for _, g := range h.shardList() {
-			if err := h.push(ctx, g); err != nil {
-				h.cfg.Logger.Debug("pushing effects", "shard", g.id, "err", err)
+		if g.leads.Load() > 0 {
+			if err := do(); err != nil {
+				h.cfg.Logger.Debug(what, "shard", g.id, "err", err)
 			}
 		}
 		select {
@@ -38,29 +50,37 @@ func (h *Host) outboxLoop() {
 	}
 }
 
-// push proposes what a shard lacks of its outbox and trims what it has.
+// push proposes what a shard lacks of its outbox.
 func (h *Host) push(ctx context.Context, g *group) error {
-	if g.leads.Load() == 0 {
-		return nil
+	g.mu.RLock()
+	cursor := g.shard.Cursor()
+	g.mu.RUnlock()
+	var first uint64
+	var effects []state.Effect
+	h.meta.mu.RLock()
+	if h.meta.meta.OutboxEnd(g.id) > cursor {
+		first, effects = h.meta.meta.Outbox(g.id, cursor)
 	}
+	h.meta.mu.RUnlock()
+	for part := range slices.Chunk(effects, effectsMax) {
+		if _, err := g.propose(ctx, state.MetaEffects{From: first, To: first + uint64(len(part)) - 1, Effects: part}); err != nil {
+			return err
+		}
+		first += uint64(len(part))
+		g.tell()
+	}
+	return nil
+}
+
+// trim drops what a shard has applied from its outbox, once that is some.
+func (h *Host) trim(ctx context.Context, g *group) error {
 	g.mu.RLock()
 	cursor := g.shard.Cursor()
 	g.mu.RUnlock()
 	h.meta.mu.RLock()
-	first, effects := h.meta.meta.Outbox(g.id, cursor)
-	start, _ := h.meta.meta.Outbox(g.id, 0)
+	start := h.meta.meta.OutboxStart(g.id)
 	h.meta.mu.RUnlock()
-	if len(effects) > effectsMax {
-		effects = effects[:effectsMax]
-	}
-	if len(effects) > 0 {
-		if _, err := g.propose(ctx, state.MetaEffects{From: first, To: first + uint64(len(effects)) - 1, Effects: effects}); err != nil {
-			return err
-		}
-		cursor = first + uint64(len(effects)) - 1
-		h.poke()
-	}
-	if cursor < start || start == 0 || h.meta.leads.Load() == 0 && cursor-start < trimAhead { // another node's meta is not asked for every one
+	if start == 0 || cursor < start+trimAhead {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, trimTime)

@@ -166,6 +166,7 @@ type node struct {
 	id     string
 	dir    string
 	slow   bool // timers that never run out in a test
+	quiet  bool // nor does CommitTimeout
 	peers  *Peers
 	trans  *Transport
 	log    *raftlog.Log
@@ -210,6 +211,9 @@ func (n *node) start(first []raft.Server) {
 	cfg.HeartbeatTimeout, cfg.ElectionTimeout, cfg.LeaderLeaseTimeout, cfg.CommitTimeout = 300*time.Millisecond, 300*time.Millisecond, 300*time.Millisecond, 10*time.Millisecond
 	if n.slow {
 		cfg.HeartbeatTimeout, cfg.ElectionTimeout, cfg.LeaderLeaseTimeout = 10*time.Minute, 10*time.Minute, 10*time.Minute
+	}
+	if n.quiet {
+		cfg.CommitTimeout = 10 * time.Minute
 	}
 	cfg.SnapshotThreshold, cfg.SnapshotInterval, cfg.TrailingLogs = math.MaxUint64, 1000*time.Hour, 0
 	cfg.Logger = hclog.NewNullLogger()

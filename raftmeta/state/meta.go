@@ -310,6 +310,14 @@ func (m *Meta) Outbox(s record.ShardID, after uint64) (first uint64, effects []E
 	return o.First + skip, slices.Clone(o.Effects[skip:])
 }
 
+// OutboxStart is the number of the first effect for a shard that is kept, or that will be the first; 0 before the cluster is initialised.
+func (m *Meta) OutboxStart(s record.ShardID) uint64 {
+	if o := m.outboxes[s]; o != nil {
+		return o.First
+	}
+	return 0
+}
+
 // OutboxEnd is the number of the last effect for a shard; 0 if there was none.
 func (m *Meta) OutboxEnd(s record.ShardID) uint64 {
 	if o := m.outboxes[s]; o != nil {

@@ -1,0 +1,41 @@
+package peer
+
+import "testing"
+
+// A follower applies what was committed last when it is told of it: raft itself would say so in ten minutes here.
+func TestTell(t *testing.T) {
+	c := newCluster(t, 3, true)
+	for _, n := range c.nodes {
+		n.stop()
+		n.quiet = true
+		n.start(c.first)
+	}
+	c.nodes[0].trans.ElectNow()
+	c.write(0, 5, func(uint64) int { return 100 })
+	lead := c.leader()
+	var servers []string
+	for _, n := range c.nodes {
+		servers = append(servers, n.id)
+		if k := len(n.fsm.all()); n != lead && k > 4 {
+			t.Fatalf("%s has applied %d values before it was told", n.id, k)
+		}
+	}
+	r := lead.raft.Load()
+	lead.trans.Tell(servers, r.CurrentTerm(), r.CommitIndex(), r.CurrentTerm()+1) // not what the log has there: it is not sent
+	lead.trans.Tell(servers, r.CurrentTerm(), r.CommitIndex(), r.CurrentTerm())
+	c.agree(5)
+	away := c.nodes[1]
+	if away == lead {
+		away = c.nodes[2]
+	}
+	away.stop() // it is told of an entry that it lacks: nothing comes of that, and raft brings the entry
+	c.write(5, 8, func(uint64) int { return 100 })
+	lead.trans.Tell(servers, r.CurrentTerm(), r.CommitIndex(), r.CurrentTerm())
+	away.start(c.first)
+	c.write(8, 9, func(uint64) int { return 100 })
+	eventually(t, "the one that was away to have all", func() bool {
+		lead.trans.Tell(servers, r.CurrentTerm(), r.CommitIndex(), r.CurrentTerm())
+		return len(away.fsm.all()) == 9
+	})
+	c.agree(9)
+}
