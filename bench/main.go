@@ -23,7 +23,8 @@ import (
 
 type options struct {
 	broker, topic, dir  string
-	partitions          int
+	partitions, rf      int
+	count, requests     int
 	size                int
 	megabytes           int64
 	clients             int
@@ -34,12 +35,15 @@ type options struct {
 func main() {
 	var o options
 	if len(os.Args) < 2 {
-		fail(errors.New("usage: bench produce|consume|first|minio [flags]"))
+		fail(errors.New("usage: bench produce|consume|first|topics|many|minio [flags]"))
 	}
 	fs := flag.NewFlagSet(os.Args[1], flag.ExitOnError)
-	fs.StringVar(&o.broker, "b", "127.0.0.1:9092", "broker")
+	fs.StringVar(&o.broker, "b", "127.0.0.1:9092", "brokers, separated by commas")
 	fs.StringVar(&o.topic, "topic", "bench", "topic; it is created if it does not exist")
 	fs.IntVar(&o.partitions, "partitions", 12, "partitions of a new topic")
+	fs.IntVar(&o.rf, "rf", 1, "replication factor of a new topic")
+	fs.IntVar(&o.count, "count", 1000, "topics to create")
+	fs.IntVar(&o.requests, "requests", 1, "CreateTopics requests that `many` divides them among")
 	fs.IntVar(&o.size, "size", 1024, "bytes of a record's value, random")
 	fs.Int64Var(&o.megabytes, "mb", 2048, "megabytes (10^6) to move")
 	fs.IntVar(&o.clients, "clients", 1, "clients")
@@ -67,6 +71,10 @@ func main() {
 		err = consume(ctx, o)
 	case "first":
 		err = first(ctx, o)
+	case "topics":
+		err = topics(ctx, o)
+	case "many":
+		err = many(ctx, o)
 	default:
 		err = fmt.Errorf("unknown command %q", os.Args[1])
 	}
@@ -75,13 +83,15 @@ func main() {
 	}
 }
 
+func (o *options) seeds() kgo.Opt { return kgo.SeedBrokers(strings.Split(o.broker, ",")...) }
+
 func fail(err error) {
 	fmt.Fprintln(os.Stderr, "bench:", err)
 	os.Exit(1)
 }
 
 func ensureTopic(ctx context.Context, o options) error {
-	cl, err := kgo.NewClient(kgo.SeedBrokers(o.broker))
+	cl, err := kgo.NewClient(o.seeds())
 	if err != nil {
 		return err
 	}
@@ -90,7 +100,7 @@ func ensureTopic(ctx context.Context, o options) error {
 	if t, err := adm.ListTopics(ctx, o.topic); err == nil && t.Has(o.topic) {
 		return nil
 	}
-	r, err := adm.CreateTopic(ctx, int32(o.partitions), 1, nil, o.topic)
+	r, err := adm.CreateTopic(ctx, int32(o.partitions), int16(o.rf), nil, o.topic)
 	if err != nil {
 		return err
 	}
@@ -123,7 +133,7 @@ func produce(ctx context.Context, o options) error {
 	warmUntil := begin.Add(o.warm)
 	var wg sync.WaitGroup
 	for c := range o.clients {
-		cl, err := kgo.NewClient(kgo.SeedBrokers(o.broker), kgo.DefaultProduceTopic(o.topic), kgo.ProducerLinger(o.linger), kgo.ProducerBatchCompression(kgo.NoCompression()),
+		cl, err := kgo.NewClient(o.seeds(), kgo.DefaultProduceTopic(o.topic), kgo.ProducerLinger(o.linger), kgo.ProducerBatchCompression(kgo.NoCompression()),
 			kgo.MaxBufferedRecords(20_000), kgo.RecordPartitioner(kgo.UniformBytesPartitioner(64<<10, true, false, nil)))
 		if err != nil {
 			return err
@@ -197,7 +207,7 @@ func consume(ctx context.Context, o options) error {
 		if len(assign) == 0 {
 			continue
 		}
-		cl, err := kgo.NewClient(kgo.SeedBrokers(o.broker), kgo.ConsumePartitions(map[string]map[int32]kgo.Offset{o.topic: assign}), kgo.FetchMaxBytes(50<<20), kgo.FetchMaxPartitionBytes(4<<20))
+		cl, err := kgo.NewClient(o.seeds(), kgo.ConsumePartitions(map[string]map[int32]kgo.Offset{o.topic: assign}), kgo.FetchMaxBytes(50<<20), kgo.FetchMaxPartitionBytes(4<<20))
 		if err != nil {
 			return err
 		}
@@ -231,7 +241,7 @@ func consume(ctx context.Context, o options) error {
 }
 
 func endOffsets(ctx context.Context, o options) (map[int32][2]int64, error) {
-	cl, err := kgo.NewClient(kgo.SeedBrokers(o.broker))
+	cl, err := kgo.NewClient(o.seeds())
 	if err != nil {
 		return nil, err
 	}
@@ -273,7 +283,7 @@ func one(ctx context.Context, o options) error {
 	if err := ensureTopic(ctx, o); err != nil {
 		return err
 	}
-	cl, err := kgo.NewClient(kgo.SeedBrokers(o.broker), kgo.DefaultProduceTopic(o.topic))
+	cl, err := kgo.NewClient(o.seeds(), kgo.DefaultProduceTopic(o.topic))
 	if err != nil {
 		return err
 	}
