@@ -2,6 +2,7 @@ package broker
 
 import (
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/estran/estran/raftmeta"
@@ -121,7 +122,7 @@ func (r *request) encodeMetadata(topics []topicMeta) *writer {
 	if r.version >= 3 {
 		w.i32(0)
 	}
-	nodes := c.Nodes()
+	nodes := slices.DeleteFunc(c.Nodes(), func(n state.Node) bool { return r.s.b.Down(n.ID) })
 	w.array(len(nodes))
 	for _, n := range nodes {
 		w.i32(n.ID)
@@ -166,9 +167,9 @@ func (r *request) encodeTopic(w *writer, m *topicMeta) {
 		w.array(0)
 	} else {
 		w.array(len(m.t.Partitions))
-		replicas := r.s.replicas(m.t)
+		rs := r.s.replicas(m.t)
 		for p := range m.t.Partitions {
-			r.encodePartition(w, m.t, int32(p), replicas)
+			r.encodePartition(w, m.t, int32(p), &rs)
 		}
 	}
 	if r.version >= 8 {
@@ -177,7 +178,7 @@ func (r *request) encodeTopic(w *writer, m *topicMeta) {
 	w.tags()
 }
 
-func (r *request) encodePartition(w *writer, t *state.Topic, p int32, replicas []int32) {
+func (r *request) encodePartition(w *writer, t *state.Topic, p int32, rs *replicas) {
 	code, leader, epoch := codeNone, int32(-1), int32(-1)
 	if node, ok := r.s.b.Leader(t.Partitions[p].Shard); ok {
 		leader = node
@@ -194,20 +195,27 @@ func (r *request) encodePartition(w *writer, t *state.Topic, p int32, replicas [
 	if r.version >= 7 {
 		w.i32(epoch)
 	}
-	w.i32s(replicas)
-	w.i32s(replicas)
+	w.i32s(rs.all)
+	w.i32s(rs.up)
 	if r.version >= 5 {
-		w.array(0) // no offline replicas
+		w.i32s(rs.down)
 	}
 	w.tags()
 }
 
-// replicas are the voters that a topic's partitions are shown on: as many as its replication factor.
-func (s *Server) replicas(t *state.Topic) []int32 {
-	var out []int32
+// replicas are the voters that a topic's partitions are shown on: as many as its replication factor. Every voter has them, so what is up is in sync or catches up.
+type replicas struct{ all, up, down []int32 }
+
+func (s *Server) replicas(t *state.Topic) (out replicas) {
 	for _, n := range s.b.Cluster().Nodes() {
-		if len(out) < int(max(t.ReplicationFactor, 1)) {
-			out = append(out, n.ID)
+		if len(out.all) == int(max(t.ReplicationFactor, 1)) {
+			break
+		}
+		out.all = append(out.all, n.ID)
+		if s.b.Down(n.ID) {
+			out.down = append(out.down, n.ID)
+		} else {
+			out.up = append(out.up, n.ID)
 		}
 	}
 	return out

@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/estran/estran/raftmeta"
@@ -386,9 +387,7 @@ func handleDescribeCluster(r *request) error {
 	if r.version >= 1 {
 		kind = r.i8()
 	}
-	if r.version >= 2 {
-		r.bool()
-	}
+	fenced := r.version >= 2 && r.bool()
 	r.tags()
 	if r.err != nil {
 		return r.err
@@ -408,7 +407,7 @@ func handleDescribeCluster(r *request) error {
 	}
 	w.str(c.ID)
 	w.i32(r.s.b.NodeID())
-	nodes := c.Nodes()
+	nodes := slices.DeleteFunc(c.Nodes(), func(n state.Node) bool { return !fenced && r.s.b.Down(n.ID) })
 	w.array(len(nodes))
 	for _, n := range nodes {
 		w.i32(n.ID)
@@ -416,7 +415,7 @@ func handleDescribeCluster(r *request) error {
 		w.i32(n.Port)
 		w.text(n.Rack)
 		if r.version >= 2 {
-			w.bool(false)
+			w.bool(r.s.b.Down(n.ID))
 		}
 		w.tags()
 	}

@@ -32,6 +32,7 @@ type Reader interface {
 type Cluster interface {
 	Cluster() *state.Cluster
 	NodeID() int32
+	Down(node int32) bool
 	Leader(record.ShardID) (node int32, ok bool)
 	Partition(record.TopicPartition) (state.PartitionInfo, error)
 	EpochEnd(record.TopicPartition, record.LeaderEpoch) (record.LeaderEpoch, record.Offset, error)

@@ -36,6 +36,7 @@ type Host struct {
 
 	ids   producerIDs
 	marks marks
+	down  nodesDown
 
 	opened  chan struct{} // closed when every group is there
 	removed chan struct{} // closed when the others say that this node is no member any more
@@ -130,6 +131,7 @@ func (h *Host) open(ctx context.Context) error {
 		return err
 	}
 	close(h.opened)
+	h.wg.Go(h.watchNodes)
 	if err := h.await(ctx, "every shard to have a leader", func() bool {
 		for _, g := range h.shardList() {
 			if _, ok := h.Leader(g.id); !ok {
