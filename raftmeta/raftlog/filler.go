@@ -100,7 +100,7 @@ func (p *filler) recycle(f *logFile) {
 func (p *filler) run(stop <-chan struct{}) {
 	for {
 		p.mu.Lock()
-		for p.next != nil && len(p.free) <= p.spare() && !stopped(stop) {
+		for p.next != nil && !p.plentyLocked() && !stopped(stop) {
 			if p.noSpace.Load() {
 				p.mu.Unlock()
 				p.pause(stop)
@@ -148,12 +148,20 @@ func (p *filler) run(stop <-chan struct{}) {
 	}
 }
 
-// spare is how many freed files are kept beside the next one.
-func (p *filler) spare() int {
-	if p.noSpace.Load() {
-		return 0
+// plentyLocked reports whether more freed files are there than are kept beside the next one. Files are freed many at a time, when a round of sealing has made a snapshot
+// installable, and then nothing for as long; writing over one costs a fraction of making another, whose every page is touched for the first time.
+func (p *filler) plentyLocked() bool {
+	if len(p.free) == 0 {
+		return false
 	}
-	return 1
+	if p.noSpace.Load() {
+		return true
+	}
+	bytes := int64(0)
+	for _, f := range p.free[1:] { // one is always kept
+		bytes += f.size
+	}
+	return bytes > p.l.cfg.LocalRetention/2
 }
 
 // sizeLocked is the size of the file to make. On a full disk it is a small one: it is for the entries that are always admitted, such

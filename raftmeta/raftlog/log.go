@@ -46,7 +46,7 @@ type Config struct {
 	FileBytes int64
 	// TailBytes of the newest entries stay in memory (16 MiB).
 	TailBytes int64
-	// LocalRetention is how many bytes that may be freed are kept as a cache.
+	// LocalRetention is how many bytes that may be freed are kept as a cache. Up to half as many are kept in freed files, to be written again.
 	LocalRetention int64
 	// HangTimeout: a write that takes longer stops the node (30 s).
 	HangTimeout time.Duration

@@ -857,3 +857,43 @@ func BenchmarkStoreLogs(b *testing.B) {
 		})
 	}
 }
+
+// What is freed at once is written again file by file, up to half of what is kept as a cache: no file is made anew meanwhile, and no more are kept.
+func TestFreedFilesAreKept(t *testing.T) {
+	fs := newMemFS()
+	made := map[string]int{}
+	fs.trace = func(op string) { made[strings.Fields(op)[0]]++ } // under fs.mu
+	count := func(op string) int {
+		fs.mu.Lock()
+		defer fs.mu.Unlock()
+		return made[op]
+	}
+	l := open(t, fs, func(c *Config) { c.LocalRetention = 1 << 20 })
+	for i := uint64(1); i <= 150; i++ {
+		store(t, l, command(i, 1, 5, 20_000))
+	}
+	l.Permit(150)
+	if _, err := l.free(); err != nil {
+		t.Fatal(err)
+	}
+	idle := func() int {
+		l.fill.mu.Lock()
+		defer l.fill.mu.Unlock()
+		if l.fill.next == nil {
+			return -1
+		}
+		return len(l.fill.free)
+	}
+	for end := time.Now().Add(20 * time.Second); idle() != 3; time.Sleep(time.Millisecond) { // one, and 512 KiB
+		if time.Now().After(end) {
+			t.Fatalf("%d freed files are kept", idle())
+		}
+	}
+	creates, renames := count("create"), count("rename")
+	for i := uint64(151); i <= 180; i++ { // three files
+		store(t, l, command(i, 1, 5, 20_000))
+	}
+	if c, r := count("create"), count("rename"); c != creates || r < renames+2 {
+		t.Errorf("%d files made, %d used again", c-creates, r-renames)
+	}
+}
