@@ -69,7 +69,7 @@ type Voter struct {
 
 const (
 	raftTimeout    = 300 * time.Millisecond
-	commitTimeout  = 10 * time.Millisecond
+	commitTimeout  = 50 * time.Millisecond
 	proposeTimeout = 30 * time.Second
 	// entryTarget is how large an entry grows while the one before it is being committed; entryBacklog if batches wait. EntryMax bounds a batch.
 	entryTarget  = 1 << 20
