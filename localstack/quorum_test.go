@@ -19,6 +19,20 @@ import (
 // startQuorum starts voters that share a directory as their store.
 func startQuorum(t *testing.T, size int, env ...string) []*Node {
 	t.Helper()
+	return startQuorumOver(t, nil, size, env...)
+}
+
+// startQuorumOver starts voters that reach one another through a network; nil = directly.
+func startQuorumOver(t *testing.T, net *Network, size int, env ...string) []*Node {
+	t.Helper()
+	nodes := newQuorum(t, net, size, env...)
+	startAll(t, nodes)
+	return nodes
+}
+
+// newQuorum describes voters; none is started.
+func newQuorum(t *testing.T, net *Network, size int, env ...string) []*Node {
+	t.Helper()
 	if testing.Short() {
 		t.Skip("processes are left out with -short")
 	}
@@ -27,20 +41,35 @@ func startQuorum(t *testing.T, size int, env ...string) []*Node {
 		t.Fatal(err)
 	}
 	store := t.TempDir()
-	var voters []string
+	peers := make([]string, size)
 	nodes := make([]*Node, size)
-	for i := range nodes {
+	for i := range peers {
 		port, err := freePort()
 		if err != nil {
 			t.Fatal(err)
 		}
-		voters = append(voters, fmt.Sprintf("%d@127.0.0.1:%d", i+1, port))
+		peers[i] = fmt.Sprintf("127.0.0.1:%d", port)
 	}
 	for i := range nodes {
+		var voters []string // as this one reaches them
+		for j, addr := range peers {
+			if net != nil && i != j {
+				if addr, err = net.Proxy(i+1, j+1, addr); err != nil {
+					t.Fatal(err)
+				}
+			}
+			voters = append(voters, fmt.Sprintf("%d@%s", j+1, addr))
+		}
 		nodes[i] = NewNode(p, t.TempDir(), append([]string{"ESTRAN_STORAGE_URL=file://" + store, "ESTRAN_QUORUM_VOTERS=" + strings.Join(voters, ","), fmt.Sprint("ESTRAN_NODE_ID=", i+1),
 			"ESTRAN_TIERING_SEAL_BYTES=1MiB", "ESTRAN_TIERING_SEAL_AGE=500ms", "ESTRAN_TIERING_PREPARE_TTL=5s"}, env...))
-		_, nodes[i].Peer, _ = strings.Cut(voters[i], "@")
+		nodes[i].Peer = peers[i]
 	}
+	return nodes
+}
+
+// startAll starts voters at once and returns when all serve.
+func startAll(t *testing.T, nodes []*Node) {
+	t.Helper()
 	var wg sync.WaitGroup
 	for _, n := range nodes {
 		wg.Go(func() { restart(t, n) })
@@ -55,7 +84,6 @@ func startQuorum(t *testing.T, size int, env ...string) []*Node {
 	if t.Failed() {
 		t.FailNow()
 	}
-	return nodes
 }
 
 // Three voters are killed one after the other under load, at random moments, and come back: what was acknowledged is there once, in order, at its offset, from whoever
@@ -96,6 +124,7 @@ func TestQuorumKills(t *testing.T) {
 	}
 	wg.Wait()
 	l.verify(t, nodes[0], "t")
+	sameLogs(t, nodes)
 }
 
 func createReplicated(t *testing.T, n *Node, name string, partitions int32, factor int16) {
@@ -143,6 +172,7 @@ func TestQuorumIsOneCluster(t *testing.T) {
 	if len(ids) != 1 || len(coordinators) != 1 {
 		t.Errorf("clusters %v, coordinators %v", ids, coordinators)
 	}
+	sameLogs(t, nodes)
 }
 
 // A rolling restart by SIGTERM hands leadership over: records go on being acknowledged, no error reaches the producer.
@@ -166,6 +196,7 @@ func TestRollingRestart(t *testing.T) {
 	cancel()
 	wg.Wait()
 	l.verify(t, nodes[1], "t")
+	sameLogs(t, nodes)
 }
 
 // Voters are stopped for a while at random moments (a pause of the machine, a long collection) and go on, the leader among them: a leader that was deposed in the meantime
@@ -198,6 +229,7 @@ func TestQuorumPauses(t *testing.T) {
 		l.verify(t, n, "t")
 	}
 	t.Logf("%d records acknowledged through %d pauses", l.count(), kills())
+	sameLogs(t, nodes)
 }
 
 // A voter is killed and its directory removed under load; it comes back blank, is filled by the others, and then either of them may be killed.
@@ -232,4 +264,5 @@ func TestQuorumWipe(t *testing.T) {
 	for _, n := range nodes {
 		l.verify(t, n, "t")
 	}
+	sameLogs(t, nodes)
 }

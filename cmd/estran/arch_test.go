@@ -50,7 +50,7 @@ var testsMay = map[string][]string{
 	"objstore/open":    {"objstore/objtest", "localstack"},
 	"raftmeta/raftlog": {"localstack"},
 	"raftmeta/peer":    {"raftmeta/raftlog"},
-	"localstack":       {"objstore/s3", "objstore/minio", "objstore/open", "objstore/objtest"},
+	"localstack":       {"objstore/s3", "objstore/minio", "objstore/open", "objstore/objtest", "raftmeta/raftlog"},
 	"tiering":          {"objstore/mem", "objstore/fs"},
 	"raftmeta":         {"objstore/mem"},
 }
