@@ -23,7 +23,7 @@ func TestBackups(t *testing.T) {
 	got := map[string]copied{}
 	failed := map[string]bool{}
 	c := newTrio(t, 3)
-	c.change = func(cfg *Config) {
+	c.change = func(_ int, cfg *Config) {
 		cfg.BackupEvery = 20 * time.Millisecond
 		cfg.OnBackup = func(_ context.Context, b Backup) error {
 			mu.Lock()

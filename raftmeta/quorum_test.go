@@ -24,7 +24,7 @@ type trio struct {
 	dirs   []string
 	mu     sync.Mutex // guards hosts, and the list of voters
 	hosts  []*Host
-	change func(*Config) // nil = nothing
+	change func(i int, cfg *Config) // before a node is opened; may be nil
 }
 
 func newTrio(t testing.TB, n int) *trio {
@@ -53,10 +53,10 @@ func (c *trio) config(i int) Config {
 
 func (c *trio) open(i int) error {
 	cfg := c.config(i)
-	cfg.PeerListener = listenAt(c.t, c.voters[i].Addr)
 	if c.change != nil {
-		c.change(&cfg)
+		c.change(i, &cfg)
 	}
+	cfg.PeerListener = listenAt(c.t, c.voters[i].Addr)
 	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
 	defer cancel()
 	h, err := Open(ctx, cfg)

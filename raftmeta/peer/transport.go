@@ -3,6 +3,7 @@ package peer
 import (
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -44,6 +45,8 @@ type Log interface {
 	HoldAt(peer string, index uint64, until time.Time)
 	// Check refuses an entry that must not be stored.
 	Check(e *raft.Log, payloadCRC uint32) error
+	// Stalled is how long the write in flight has been in the disk; 0 if there is none.
+	Stalled() time.Duration
 }
 
 // Group is what the transport needs of a group.
@@ -227,10 +230,19 @@ func (t *Transport) track(target string, a *raft.AppendEntriesRequest, resp *raf
 	}
 }
 
+// stalledMost: a leader whose write has been in the disk for longer says nothing more to its followers, heartbeats included. raft's main loop is stuck in that write and cannot
+// give up the leadership, and what keeps followers content does not pass through it: they would wait until the disk answers.
+const stalledMost = 2 * time.Second
+
+var errStalled = errors.New("peer: this node's own disk does not answer")
+
 // prepare shortens a request, checks it against the log and fetches the payloads.
 func (t *Transport) prepare(target string, a *raft.AppendEntriesRequest) (*call, error) {
 	if t.over() {
 		return nil, ErrClosed
+	}
+	if d := t.g.Log.Stalled(); d > stalledMost {
+		return nil, fmt.Errorf("%w: for %s", errStalled, d.Round(time.Millisecond))
 	}
 	c := &call{kind: kindAppend, group: t.g.ID}
 	crcs := make([]entryCRC, len(a.Entries))
