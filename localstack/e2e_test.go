@@ -173,8 +173,8 @@ func intact(v string) (p int32, i int, ok bool) {
 }
 
 // produce sends to every partition in turn, idempotently, until ctx ends, and waits for what is in flight.
-func (l *ledger) produce(t *testing.T, n *Node, topic string, partitions int32, ctx context.Context, stopAt int) {
-	cl := client(t, n, kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.RecordRetries(1<<30), kgo.ProducerLinger(0), kgo.MaxBufferedRecords(2000), kgo.ProducerBatchCompression(kgo.NoCompression()))
+func (l *ledger) produce(t *testing.T, n *Node, topic string, partitions int32, ctx context.Context, stopAt int, opts ...kgo.Opt) {
+	cl := client(t, n, append([]kgo.Opt{kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.RecordRetries(1 << 30), kgo.ProducerLinger(0), kgo.MaxBufferedRecords(2000), kgo.ProducerBatchCompression(kgo.NoCompression())}, opts...)...)
 	for i := 0; ctx.Err() == nil && i < stopAt; i++ {
 		for p := range partitions {
 			cl.Produce(t.Context(), &kgo.Record{Topic: topic, Partition: p, Value: value(p, i, 100+i%7*300)}, func(r *kgo.Record, err error) {

@@ -6,6 +6,7 @@ import (
 	"hash/maphash"
 	"maps"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -19,16 +20,25 @@ import (
 
 // probe speaks to one node and to no other, whatever that says of who leads.
 type probe struct {
-	t     *testing.T
-	b     *kgo.Broker
-	topic string
-	id    [16]byte
+	t       *testing.T
+	b       *kgo.Broker
+	topic   string
+	id      [16]byte
+	written atomic.Int64 // requests that the kernel has
+}
+
+// OnBrokerWrite implements kgo.HookBrokerWrite.
+func (p *probe) OnBrokerWrite(_ kgo.BrokerMetadata, _ int16, _ int, _, _ time.Duration, err error) {
+	if err == nil {
+		p.written.Add(1)
+	}
 }
 
 func probeOf(t *testing.T, n *Node, topic string) *probe {
 	t.Helper()
-	cl := client(t, n)
-	p := &probe{t: t, b: cl.SeedBrokers()[0], topic: topic}
+	p := &probe{t: t, topic: topic}
+	cl := client(t, n, kgo.WithHooks(p))
+	p.b = cl.SeedBrokers()[0]
 	until(t, "the topic to be known", func() bool {
 		m, err := kadm.NewClient(cl).Metadata(t.Context(), topic)
 		if err != nil || !m.Topics.Has(topic) || m.Topics[topic].Err != nil {
@@ -357,5 +367,152 @@ func TestPartitions(t *testing.T) {
 		}
 	}
 	t.Logf("%d records acknowledged", l.count())
+	sameLogs(t, nodes)
+}
+
+// A leader is paused, the others go on without it, and it wakes up with requests that came meanwhile: for a moment it takes itself for the leader. It acknowledges nothing and
+// it does not tell a client that the log ends before what its successor has acknowledged.
+func TestWakingLeader(t *testing.T) {
+	nodes := startQuorum(t, 3)
+	createReplicated(t, nodes[0], "raw", 1, 3)
+	var probes []*probe
+	for _, n := range nodes {
+		probes = append(probes, probeOf(t, n, "raw"))
+	}
+	acked, end := map[int64]string{}, int64(0)
+	write := func(by int, v string) bool {
+		o, code := probes[by-1].produce(-1, v, 2*time.Second)
+		if code == 0 {
+			if was, ok := acked[o]; ok {
+				t.Fatalf("offset %d is acknowledged for %q and for %q", o, was, v)
+			}
+			acked[o], end = v, max(end, o+1)
+		}
+		return code == 0
+	}
+	for i := range kills() {
+		old, now := 0, 0
+		until(t, "a leader that acknowledges", func() bool {
+			old = probes[i%3].leader(0)
+			return old != 0 && write(old, fmt.Sprint("before ", i))
+		})
+		p := probes[old-1]
+		_, _ = p.latest() // the connections are there
+		_, _, _ = p.fetch(0, end)
+		pid := nodes[old-1].PID
+		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = syscall.Kill(pid, syscall.SIGCONT) })
+		until(t, "an acknowledgement by another leader", func() bool {
+			now = probes[old%3].leader(0)
+			return now != 0 && now != old && write(now, fmt.Sprint("after ", i))
+		})
+		var wg sync.WaitGroup
+		before := p.written.Load()
+		for range 4 {
+			wg.Go(func() {
+				if o, code := p.latest(); code == 0 && o < end {
+					t.Errorf("round %d: it wakes up and says that the log ends at %d, %d is acknowledged", i, o, end-1)
+				}
+			})
+			wg.Go(func() {
+				if values, high, code := p.fetch(0, end); code == 0 && high < end {
+					t.Errorf("round %d: it wakes up and serves %q at %d with a high watermark of %d", i, values, end, high)
+				}
+			})
+		}
+		for _, acks := range []int16{1, -1} {
+			wg.Go(func() {
+				if o, code := p.produce(acks, "lost", 2*time.Second); code == 0 {
+					if was, ok := acked[o]; ok {
+						t.Errorf("round %d: it wakes up and acknowledges acks=%d at %d, where %q is", i, acks, o, was)
+					}
+				}
+			})
+		}
+		until(t, "the requests to be with it", func() bool { return p.written.Load() >= before+10 })
+		if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
+			t.Fatal(err)
+		}
+		wg.Wait()
+	}
+	all := []string{}
+	until(t, "everything to be read", func() bool {
+		lead := probes[0].leader(0)
+		if lead == 0 {
+			return false
+		}
+		values, high, code := probes[lead-1].fetch(0, int64(len(all)))
+		all = append(all, values...)
+		return code == 0 && int64(len(all)) == high
+	})
+	for o, v := range acked {
+		if o >= int64(len(all)) || all[o] != v {
+			t.Errorf("offset %d was acknowledged as %q: %q", o, v, all)
+		}
+	}
+	sameLogs(t, nodes)
+}
+
+// A node of the quorum is a black hole to the others: connections stay and nothing comes back. What others lead goes on in its term; only calls to that node fail.
+func TestBlackHole(t *testing.T) {
+	net := NewNetwork()
+	t.Cleanup(func() { _ = net.Close() })
+	nodes := startQuorumOver(t, net, 3)
+	createReplicated(t, nodes[0], "t", 6, 3)
+	l := newLedger()
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	wg.Go(func() { l.produce(t, nodes[0], "t", 6, ctx, 1<<30) })
+	groups := groupLabels(t, nodes[0])
+	// attempt cuts node 3 off and reports whether the groups that it did not lead stayed in their terms. A busy machine elects by itself: one calm attempt shows the claim.
+	attempt := func() (calm bool) {
+		before := l.count()
+		until(t, "acknowledgements with all up", func() bool { return l.count() > before+300 })
+		terms := map[string]float64{}
+		for g := range groups {
+			if metric(t, nodes[2], "estran_raft_state", fmt.Sprintf("{group=%q", g), `state="Leader"`) == 0 {
+				terms[g] = groupMetric(t, nodes[0], "estran_raft_term", g)
+			}
+		}
+		if len(terms) == 0 {
+			return false
+		}
+		failed := func(from int, peer string) float64 {
+			return metric(t, nodes[from], "estran_raft_rpc_errors_total", fmt.Sprintf("peer=%q", peer))
+		}
+		toHole, toOther := failed(0, "3"), failed(0, "2")
+		for _, other := range []int{1, 2} {
+			net.Set(3, other, Swallowed)
+			net.Set(other, 3, Swallowed)
+		}
+		defer net.Heal()
+		until(t, "calls to the black hole to fail", func() bool { return failed(0, "3") > toHole+3 })
+		before = l.count()
+		until(t, "acknowledgements beside a black hole", func() bool { return l.count() > before+300 })
+		calm = failed(0, "2") == toOther
+		for g, was := range terms {
+			if now := groupMetric(t, nodes[0], "estran_raft_term", g); now != was {
+				t.Logf("group %s went from term %.0f to %.0f", g, was, now)
+				calm = false
+			}
+		}
+		return calm
+	}
+	calm := false
+	for i := 0; i < 4 && !calm; i++ {
+		calm = attempt()
+	}
+	if !calm {
+		t.Error("each time a node was a black hole, groups that it did not lead elected, or calls between the others failed")
+	}
+	before := l.count()
+	until(t, "acknowledgements with all up", func() bool { return l.count() > before+300 })
+	cancel()
+	wg.Wait()
+	l.verify(t, nodes[1], "t")
 	sameLogs(t, nodes)
 }

@@ -90,3 +90,57 @@ func TestFailingSystemCalls(t *testing.T) {
 		})
 	}
 }
+
+// The same in a quorum, to a node that leads: it ends and says why, the others go on and lead what it led, and nothing acknowledged is lost.
+func TestQuorumFailingSystemCalls(t *testing.T) {
+	if _, err := exec.LookPath("strace"); err != nil {
+		t.Skip("strace is not installed")
+	}
+	nodes := startQuorum(t, 3)
+	createReplicated(t, nodes[0], "t", 6, 3)
+	l := newLedger()
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	wg.Go(func() { l.produce(t, nodes[0], "t", 6, ctx, 1<<30) })
+	for i, c := range []struct{ name, call, expr, says string }{
+		{"fsync fails", "fdatasync", "error=EIO:when=5+", "input/output error"},
+		{"a write fails", "pwritev", "error=EIO:when=5+", "input/output error"},
+		{"killed in an fsync", "fdatasync", "signal=SIGKILL:when=5", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			n, other := nodes[i], probeOf(t, nodes[(i+1)%3], "t")
+			leads := func() bool {
+				for k := range int32(6) {
+					if other.leader(k) == i+1 {
+						return true
+					}
+				}
+				return false
+			}
+			before := l.count()
+			until(t, "the node to lead something, under load", func() bool { return leads() && l.count() > before+300 })
+			inject(t, n, c.call, c.expr)
+			until(t, "the end of the node", func() bool { return !n.Alive() })
+			if n.err == nil || c.says != "" && (!strings.Contains(n.Tail(), "E_DISK_WRITE") || !strings.Contains(n.Tail(), c.says)) {
+				t.Errorf("ended with %v and said:\n%s", n.err, n.Tail())
+			}
+			until(t, "the others to lead everything", func() bool { return !leads() && other.leader(0) != 0 })
+			counts := l.counts()
+			until(t, "acknowledgements in every partition", func() bool {
+				for k, n := range l.counts() {
+					if n <= counts[k]+10 {
+						return false
+					}
+				}
+				return true
+			})
+			restart(t, n)
+		})
+	}
+	cancel()
+	wg.Wait()
+	l.verify(t, nodes[0], "t")
+	sameLogs(t, nodes)
+}
