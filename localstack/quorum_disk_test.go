@@ -71,6 +71,8 @@ func TestQuorumFrozenDisk(t *testing.T) {
 	})
 	if os.Getenv("ESTRAN_TEST_HANG") != "" {
 		until(t, "the node to say that its disk does not answer", func() bool { return strings.Contains(nodes[0].Tail(), "E_DISK_HUNG") })
+		thaw() // a process with a thread in the disk cannot end before
+		until(t, "the node to end", func() bool { return !nodes[0].Alive() })
 	}
 	thaw()
 	before := l.count()
