@@ -80,7 +80,7 @@ func TestVotesWhileApplyIsStuck(t *testing.T) {
 	stuck := sync.OnceFunc(g.mu.Unlock)
 	t.Cleanup(stuck)
 	old, self := c.hosts[lead], c.hosts[slow]
-	for _, h := range []*group{old.meta, old.shards[0], old.shards[1]} {
+	for _, h := range []*group{old.meta, old.shardList()[0], old.shardList()[1]} {
 		_ = h.trans.Close() // it is gone, and hands nothing over
 	}
 	c.hosts[lead], c.hosts[slow] = nil, nil // neither is asked
