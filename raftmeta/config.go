@@ -12,6 +12,7 @@ import (
 	"net"
 	"time"
 
+	"github.com/estran/estran/raftmeta/peer"
 	"github.com/estran/estran/raftmeta/raftlog"
 	"github.com/estran/estran/tiering/record"
 	"github.com/prometheus/client_golang/prometheus"
@@ -35,8 +36,9 @@ type Config struct {
 	OffsetsRetention time.Duration
 	// Voters are the nodes of the quorum, this one among them; none or one = this node alone. A new cluster is made of exactly these.
 	Voters []Voter
-	// Secret authenticates voters to one another. Without one the peer listener must be on loopback.
+	// Secret or TLS authenticates voters to one another. Without either the peer listener must be on loopback.
 	Secret []byte
+	TLS    *peer.TLS
 	// PeerAdvertise is where other nodes reach this one, if Voters does not say; "" = where PeerListener listens.
 	PeerAdvertise string
 	// PeerListener takes connections of other nodes; nil = none. Close closes it.

@@ -347,7 +347,7 @@ func TestCatalogsAreEqual(t *testing.T) {
 				h := c.hosts[(k+i)%2] // the third restarts meanwhile
 				name := fmt.Sprintf("topic-%d-%d", k, i)
 				for end := time.Now().Add(60 * time.Second); ; {
-					_, err := h.CreateTopic(t.Context(), TopicSpec{Name: name, Partitions: 2, ReplicationFactor: 3, Parsed: state.PartitionConfig{RetentionMs: -1, RetentionBytes: -1}})
+					err := h.CreateTopics(t.Context(), []TopicSpec{{Name: name, Partitions: 2, ReplicationFactor: 3, Parsed: state.PartitionConfig{RetentionMs: -1, RetentionBytes: -1}}})[0].Err
 					if err == nil || errors.Is(err, ErrTopicExists) {
 						break
 					}
@@ -396,7 +396,7 @@ func TestDeletedTopicsStayAway(t *testing.T) {
 			}
 		}
 	})
-	until(t, "the topic to be deleted", func() bool { return c.hosts[1].DeleteTopic(t.Context(), old.tp.Topic) == nil })
+	until(t, "the topic to be deleted", func() bool { return c.hosts[1].DeleteTopics(t.Context(), []record.TopicID{old.tp.Topic})[0] == nil })
 	until(t, "its bytes to be given up", func() bool {
 		for _, h := range c.hosts {
 			if h.HotBytes(1)+h.HotBytes(2) > 0 {

@@ -107,7 +107,8 @@ func (h *Host) openPeers() error {
 		return err
 	}
 	var err error
-	h.peers, err = peer.New(peer.Config{ServerID: h.identity.serverID(), ClusterID: h.identity.cluster(), Founders: h.identity.Founders, Secret: h.cfg.Secret,
+	h.peers, err = peer.New(peer.Config{ServerID: h.identity.serverID(), ClusterID: h.identity.cluster(), Founders: h.identity.Founders, Secret: h.cfg.Secret, TLS: h.cfg.TLS,
+		Features: map[string]peer.Levels{"entry": {state.EntryLevel, state.EntryLevel}, "snapshot": {state.SnapshotLevel, state.SnapshotLevel}},
 		Listener: h.cfg.PeerListener, Resolve: h.resolve, OnForward: h.onForward, StageDir: stage, Logger: h.cfg.Logger, Registerer: h.cfg.Registerer})
 	return err
 }

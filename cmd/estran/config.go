@@ -16,6 +16,7 @@ import (
 	"github.com/goccy/go-yaml"
 
 	"github.com/estran/estran/raftmeta"
+	"github.com/estran/estran/raftmeta/peer"
 )
 
 // byteSize is a size in bytes; in YAML and in the environment it is written as 8GiB, 64MiB or a plain number.
@@ -77,6 +78,11 @@ type config struct {
 		Voters     []string `yaml:"voters"`
 		SecretFile string   `yaml:"secret_file"`
 		Shards     int      `yaml:"shards"`
+		TLS        struct {
+			CertFile string `yaml:"cert_file"`
+			KeyFile  string `yaml:"key_file"`
+			CAFile   string `yaml:"ca_file"`
+		} `yaml:"tls"`
 	} `yaml:"quorum"`
 	Storage struct {
 		URL string `yaml:"url"`
@@ -381,6 +387,16 @@ func (c *config) validate() error {
 			bad("storage.url", "several voters need a store that all of them reach: s3://… or, on one machine, file://…")
 		}
 	}
+	if t := c.Quorum.TLS; t.CertFile != "" || t.KeyFile != "" || t.CAFile != "" {
+		for _, f := range []struct{ key, path string }{{"quorum.tls.cert_file", t.CertFile}, {"quorum.tls.key_file", t.KeyFile}, {"quorum.tls.ca_file", t.CAFile}} {
+			if f.path == "" {
+				bad(f.key, "is empty: a certificate, its key and the CA's certificate go together")
+			}
+		}
+		if c.Quorum.SecretFile != "" {
+			bad("quorum.secret_file", "voters prove who they are by certificates (quorum.tls) or by a secret, not by both")
+		}
+	}
 	for _, l := range []struct{ key, addr string }{{"listeners.kafka.listen", c.Listeners.Kafka.Listen},
 		{"listeners.http.listen", c.Listeners.HTTP.Listen}, {"listeners.peer.listen", c.Listeners.Peer.Listen}} {
 		if _, _, err := net.SplitHostPort(l.addr); err != nil {
@@ -459,6 +475,14 @@ func (c *config) secret() ([]byte, error) {
 }
 
 const secretMin = 16
+
+// peerTLS names the certificates that voters prove who they are with; nil if none are configured.
+func (c *config) peerTLS() *peer.TLS {
+	if c.Quorum.TLS.CertFile == "" {
+		return nil
+	}
+	return &peer.TLS{CertFile: c.Quorum.TLS.CertFile, KeyFile: c.Quorum.TLS.KeyFile, CAFile: c.Quorum.TLS.CAFile}
+}
 
 func cause(err error) error {
 	if e, ok := errors.AsType[*os.PathError](err); ok {

@@ -59,10 +59,13 @@ func quorumFault(cfg *config, err error) error {
 	f := &fault{Err: err, What: fmt.Sprintf("quorum.voters (from %s): %s", cfg.from("quorum.voters"), oneLine(err))}
 	switch {
 	case errors.Is(err, peer.ErrOpen):
-		f.Code, f.Fix = "E_PEER_OPEN", "set quorum.secret_file, or listen on loopback with listeners.peer.listen"
+		f.Code, f.Fix = "E_PEER_OPEN", "set quorum.secret_file or quorum.tls, or listen on loopback with listeners.peer.listen"
 		f.What = fmt.Sprintf("listeners.peer.listen (from %s): anybody who reaches %s could speak for a voter", cfg.from("listeners.peer.listen"), cfg.Listeners.Peer.Listen)
 	case errors.Is(err, peer.ErrStranger):
-		f.Code, f.Fix = "E_PEER_STRANGER", "give every voter the same quorum.secret_file, and check the addresses"
+		f.Code, f.Fix = "E_PEER_STRANGER", "give every voter the same quorum.secret_file, or certificates of one CA that name node-ID, and check the addresses"
+	case errors.Is(err, peer.ErrCertificate):
+		f.Code, f.Fix = "E_PEER_CERTIFICATE", fmt.Sprintf("the certificate must name node-%d as a DNS name; quorum.tls.cert_file, key_file and ca_file are PEM", cfg.Node.ID)
+		f.What = fmt.Sprintf("quorum.tls (from %s): %s", cfg.from("quorum.tls.cert_file"), oneLine(err))
 	case errors.Is(err, raftmeta.ErrTimeout), errors.Is(err, context.Canceled):
 		f.Code, f.Fix = "E_QUORUM_WAIT", "start the other voters; check their addresses"
 	case errors.Is(err, raftmeta.ErrRemoved):

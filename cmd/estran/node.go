@@ -139,6 +139,10 @@ func (n *node) openHost(ctx context.Context, reg prometheus.Registerer) error {
 	if err != nil {
 		return err
 	}
+	if len(voters) > 1 && secret == nil && n.cfg.peerTLS() == nil {
+		n.log.Warn("nothing shows that a peer is a voter: whoever reaches the peer listener on this machine can speak for one", "component", "node", "listen", n.cfg.Listeners.Peer.Listen,
+			"fix", "set quorum.secret_file or quorum.tls")
+	}
 	var storeTime func() (time.Time, bool)
 	if d, ok := n.bucket.(objstore.Dater); ok {
 		storeTime = freshTime(d)
@@ -147,7 +151,7 @@ func (n *node) openHost(ctx context.Context, reg prometheus.Registerer) error {
 	backups := &backups{cfg: n.cfg, bucket: n.bucket}
 	h, err := raftmeta.Open(ctx, raftmeta.Config{NodeID: n.cfg.Node.ID, DataDir: n.cfg.Node.DataDir, Host: host, Port: port, Rack: n.cfg.Node.Rack,
 		Shards: uint32(n.cfg.Quorum.Shards), HotMaxBytes: int64(n.cfg.Hot.MaxBytes), LocalRetentionBytes: int64(n.cfg.Tiering.LocalRetentionBytes),
-		OffsetsRetention: bc.OffsetsRetention, Voters: voters, PeerAdvertise: reachable(n.cfg.Listeners.Peer.Advertise, peer), Secret: secret, PeerListener: peer, Logger: n.log, Registerer: reg, OnLead: n.lead, OnFatal: n.stopNow, OnBackup: backups.save, StoreTime: storeTime})
+		OffsetsRetention: bc.OffsetsRetention, Voters: voters, PeerAdvertise: reachable(n.cfg.Listeners.Peer.Advertise, peer), Secret: secret, TLS: n.cfg.peerTLS(), PeerListener: peer, Logger: n.log, Registerer: reg, OnLead: n.lead, OnFatal: n.stopNow, OnBackup: backups.save, StoreTime: storeTime})
 	if err != nil {
 		_ = peer.Close() // Open may have closed it
 		return quorumFault(n.cfg, err)

@@ -176,6 +176,8 @@ type node struct {
 	fsm    *machine
 	snapMu sync.Mutex
 	addr   string
+	tls    *TLS
+	at     times
 }
 
 func (n *node) start(first []raft.Server) {
@@ -197,7 +199,11 @@ func (n *node) start(first []raft.Server) {
 			n.t.Fatal(err)
 		}
 	}
-	n.peers, err = New(Config{ServerID: n.id, ClusterID: "c", Secret: []byte("secret"), Listener: l, Resolve: n.net.resolve, Dial: n.net.dialer(n.id), StageDir: n.dir})
+	pc := Config{ServerID: n.id, ClusterID: "c", Secret: []byte("secret"), TLS: n.tls, Listener: l, Resolve: n.net.resolve, Dial: n.net.dialer(n.id), StageDir: n.dir}
+	if n.tls != nil {
+		pc.Secret = nil
+	}
+	n.peers, err = newPeers(pc, n.at)
 	check(err)
 	n.log, err = raftlog.Open(raftlog.Config{Dir: filepath.Join(n.dir, "log"), Group: 1, FileBytes: 1 << 20, TailBytes: 256 << 10})
 	check(err)
@@ -281,18 +287,26 @@ type cluster struct {
 
 func newCluster(t testing.TB, size int, slow bool) *cluster {
 	t.Helper()
+	c := newClusterOf(t, size, func(n *node) { n.slow = slow })
+	if slow {
+		c.nodes[0].trans.ElectNow()
+	}
+	return c
+}
+
+// newClusterOf makes nodes as change says and starts them.
+func newClusterOf(t testing.TB, size int, change func(*node)) *cluster {
+	t.Helper()
 	c := &cluster{t: t, net: newNetwork()}
 	for i := range size {
-		n := &node{t: t, net: c.net, id: fmt.Sprintf("%d.%08x", i+1, rand.Uint32()), dir: t.TempDir(), slow: slow}
+		n := &node{t: t, net: c.net, id: fmt.Sprintf("%d.%08x", i+1, rand.Uint32()), dir: t.TempDir(), at: defaultTimes()}
+		change(n)
 		c.nodes = append(c.nodes, n)
 		c.first = append(c.first, raft.Server{Suffrage: raft.Voter, ID: raft.ServerID(n.id), Address: raft.ServerAddress(n.id)})
 	}
 	for _, n := range c.nodes {
 		n.start(c.first)
 		t.Cleanup(n.stop)
-	}
-	if slow {
-		c.nodes[0].trans.ElectNow()
 	}
 	return c
 }

@@ -34,6 +34,7 @@ func (k kind) String() string {
 }
 
 const (
+	frameLeast   = 1
 	frameVersion = 1
 	frameHeader  = 40
 	chunkMax     = 256 << 10

@@ -2,7 +2,6 @@ package peer
 
 import (
 	"bytes"
-	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"io"
@@ -149,82 +148,6 @@ func FuzzMessages(f *testing.F) {
 			}
 		}
 	})
-}
-
-func FuzzHello(f *testing.F) {
-	var b bytes.Buffer
-	if err := writeHello(&b, hello{Cluster: "c", Server: "1.a", Nonce: make([]byte, 16)}); err != nil {
-		f.Fatal(err)
-	}
-	f.Add(b.Bytes())
-	f.Fuzz(func(_ *testing.T, b []byte) { _, _ = readHello(bytes.NewReader(b)) })
-}
-
-// Who is not a peer gets nothing: the connection ends, and the node goes on.
-func TestStrangers(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := l.Addr().String()
-	p, err := New(Config{ServerID: "1.aa", ClusterID: "c", Secret: []byte("secret"), Listener: l, Resolve: func(string) (string, bool) { return "", false }})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.Close()
-	other := func(change func(*Config)) error {
-		cfg := Config{ServerID: "2.bb", ClusterID: "c", Secret: []byte("secret"), Resolve: func(string) (string, bool) { return addr, true }}
-		change(&cfg)
-		q, err := New(cfg)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer q.Close()
-		c, err := q.dial("1.aa")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
-		target := "1.aa"
-		if cfg.StageDir != "" {
-			target = cfg.StageDir
-		}
-		return q.introduce(c, target, classBulk)
-	}
-	for name, c := range map[string]struct {
-		change func(*Config)
-		want   error
-	}{
-		"peer":          {func(*Config) {}, nil},
-		"wrong secret":  {func(c *Config) { c.Secret = []byte("other") }, ErrStranger},
-		"no secret":     {func(c *Config) { c.Secret = nil }, ErrStranger},
-		"other cluster": {func(c *Config) { c.ClusterID = "d" }, ErrRefused},
-		"itself":        {func(c *Config) { c.ServerID = "1.aa" }, ErrRefused},
-		"other target":  {func(c *Config) { c.StageDir = "1.old" }, ErrRefused},
-	} {
-		if err := other(c.change); !errors.Is(err, c.want) || (err == nil) != (c.want == nil) {
-			t.Errorf("%s: %v, want %v", name, err, c.want)
-		}
-	}
-	huge := append([]byte(helloMagic), 0, helloVersion, 0x7f, 0xff, 0xff, 0xff)
-	old := binary.BigEndian.AppendUint16([]byte(helloMagic), 1)
-	for name, b := range map[string][]byte{"garbage": []byte("GET / HTTP/1.1\r\n\r\n"), "huge hello": huge, "other version": append(old, 0, 0, 0, 0), "no JSON": append(append([]byte(helloMagic), 0, helloVersion, 0, 0, 0, 2), "{["...)} {
-		c, err := net.Dial("tcp", addr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := c.Write(b); err != nil {
-			t.Fatal(err)
-		}
-		_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
-		if n, err := io.Copy(io.Discard, c); err != nil && !isReset(err) || n > 0 {
-			t.Errorf("%s: %d bytes, %v", name, n, err)
-		}
-		_ = c.Close()
-	}
-	if err := other(func(*Config) {}); err != nil {
-		t.Errorf("afterwards: %v", err)
-	}
 }
 
 func isReset(err error) bool {

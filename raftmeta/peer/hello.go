@@ -17,18 +17,38 @@ import (
 
 const (
 	helloMagic   = "ESTRPEER"
-	helloVersion = 2
-	helloMax     = 64 << 10
-	// helloTime bounds a handshake.
-	helloTime = 3 * time.Second
+	helloVersion = 3
+	helloHead    = 16
+	nonceBytes   = 16
+	featuresMax  = 64
+	nameMax      = 255
 )
+
+// step is the type of a message of the handshake.
+type step uint8
+
+const (
+	stepHello     step = 1
+	stepChallenge step = 2
+	stepProof     step = 3
+	stepWelcome   step = 4
+	stepRefusal   step = 5
+	stepDenied    step = 6
+)
+
+// most is the limit of a message's body: who has proven nothing may not make this node hold much.
+func (s step) most() int {
+	return [...]int{stepHello: 8 << 10, stepChallenge: nonceBytes, stepProof: sha256.Size, stepWelcome: 64 << 10, stepRefusal: 64 << 10, stepDenied: 0}[s]
+}
 
 // Errors of a handshake.
 var (
 	// ErrRefused: the other side does not want this connection; the text says why.
 	ErrRefused = errors.New("peer: connection refused by the peer")
-	// ErrStranger: the other side has not shown that it knows the cluster's secret, or is not who was asked for.
+	// ErrStranger: the other side has not shown that it belongs to the cluster, or is not who was asked for.
 	ErrStranger = errors.New("peer: not the peer that was asked for")
+	// ErrVersion: the other side speaks a version that this program does not know, or sent flags of one.
+	ErrVersion = errors.New("peer: unknown version")
 )
 
 type class string
@@ -40,119 +60,211 @@ const (
 	classAsk class = "ask"
 )
 
-// hello is what both ends say first.
+// Levels is the lowest and the highest level of a feature that a node knows.
+type Levels [2]int
+
+// hello is what the dialer says first.
 type hello struct {
+	Cluster  string            `json:"cluster,omitempty"`
+	Server   string            `json:"server"`
+	Target   string            `json:"target,omitempty"`
+	Class    class             `json:"class"`
+	Min      int               `json:"min"`
+	Max      int               `json:"max"`
+	Features map[string]Levels `json:"features,omitempty"`
+	Nonce    []byte            `json:"nonce"`
+}
+
+// welcome is what a listener says of itself to who has proven that it belongs to the cluster, or why it refuses.
+type welcome struct {
 	Cluster string `json:"cluster,omitempty"`
 	Server  string `json:"server,omitempty"`
-	Target  string `json:"target,omitempty"`
-	Class   class  `json:"class,omitempty"`
-	Min     int    `json:"min,omitempty"`
-	Max     int    `json:"max,omitempty"`
-	Nonce   []byte `json:"nonce,omitempty"`
-	Clock   int64  `json:"clock,omitempty"`
-	MAC     []byte `json:"mac,omitempty"`
-	Version int    `json:"version,omitempty"`
-	Error   string `json:"error,omitempty"`
 	// Founders are the server IDs of the cluster's first voters.
-	Founders []string `json:"founders,omitempty"`
+	Founders []string          `json:"founders,omitempty"`
+	Clock    int64             `json:"clock,omitempty"`
+	Version  int               `json:"version,omitempty"`
+	Features map[string]Levels `json:"features,omitempty"`
+	Error    string            `json:"error,omitempty"`
 }
 
-func readHello(r io.Reader) (h hello, err error) {
-	head := make([]byte, len(helloMagic)+6)
-	if _, err := io.ReadFull(r, head); err != nil {
-		return h, err
-	}
-	be := binary.BigEndian
-	if string(head[:8]) != helloMagic {
-		return h, fmt.Errorf("%w: not a node of Estran", ErrFrame)
-	}
-	if v := be.Uint16(head[8:]); v != helloVersion {
-		return h, fmt.Errorf("%w: handshake of version %d, this program speaks %d", ErrFrame, v, helloVersion)
-	}
-	n := be.Uint32(head[10:])
-	if n > helloMax {
-		return h, fmt.Errorf("%w: handshake of %d bytes", ErrFrame, n)
-	}
-	body := make([]byte, n)
-	if _, err := io.ReadFull(r, body); err != nil {
-		return h, err
-	}
-	if err := json.Unmarshal(body, &h); err != nil {
-		return h, fmt.Errorf("%w: %w", ErrFrame, err)
-	}
-	if h.Error != "" {
-		return h, fmt.Errorf("%w: %s", ErrRefused, h.Error)
-	}
-	return h, nil
+// talk is one handshake: the connection, the key that proofs are made with, and all that was said.
+type talk struct {
+	c    net.Conn
+	key  []byte
+	said bytes.Buffer // each message behind its length
 }
 
-func writeHello(w io.Writer, h hello) error {
-	body, err := json.Marshal(h)
-	if err != nil {
-		return err
+// newTalk gives a handshake its key: what the connection's two ends alone share, or the cluster's secret.
+func (p *Peers) newTalk(c net.Conn) (*talk, error) {
+	if err := c.SetDeadline(time.Now().Add(p.times.hello)); err != nil {
+		return nil, err
 	}
+	key, err := tlsKey(c, p.cfg.Secret)
+	return &talk{c: c, key: key}, err
+}
+
+func (t *talk) note(msg []byte) {
+	t.said.Write(binary.BigEndian.AppendUint32(nil, uint32(len(msg))))
+	t.said.Write(msg)
+}
+
+// message makes a message and counts it as said.
+func (t *talk) message(s step, body []byte) []byte {
 	b := binary.BigEndian.AppendUint16([]byte(helloMagic), helloVersion)
+	b = append(b, byte(s), 0)
 	b = binary.BigEndian.AppendUint32(b, uint32(len(body)))
-	_, err = w.Write(append(b, body...))
+	b = append(b, body...)
+	t.note(b)
+	return b
+}
+
+func (t *talk) say(s step, body []byte) error {
+	_, err := t.c.Write(t.message(s, body))
 	return err
 }
 
-// mac proves that its maker knows the secret, in this conversation and this role.
-func mac(secret []byte, role string, d, l *hello) []byte {
-	if len(secret) == 0 {
-		return nil
-	}
-	m := hmac.New(sha256.New, secret)
-	for _, b := range [][]byte{[]byte(role), d.Nonce, l.Nonce, []byte(d.Server), []byte(l.Server), []byte(d.Cluster), []byte(d.Class), []byte(d.Target)} {
-		_ = binary.Write(m, binary.BigEndian, uint32(len(b))) // never fails
-		m.Write(b)
-	}
+// proof shows that its maker knows the key, in this conversation up to here and in this role.
+func (t *talk) proof(role string) []byte {
+	m := hmac.New(sha256.New, t.key)
+	m.Write([]byte{byte(len(role))})
+	m.Write([]byte(role))
+	m.Write(t.said.Bytes())
 	return m.Sum(nil)
 }
 
-func (p *Peers) self() hello {
-	c := p.cluster.Load()
-	h := hello{Cluster: c.id, Founders: c.founders, Server: p.cfg.ServerID, Min: frameVersion, Max: frameVersion, Nonce: make([]byte, 16), Clock: p.cfg.Now().UnixMilli()}
-	_, _ = rand.Read(h.Nonce) // never fails
-	return h
+// hear reads a message of one of the types that may come now.
+func (t *talk) hear(want ...step) (step, []byte, error) {
+	s, msg, err := readStep(t.c)
+	if err != nil {
+		return 0, nil, tlsError(t.c, err) // the listener's word on this node's certificate comes here
+	}
+	for _, w := range want {
+		if s == w {
+			t.note(msg)
+			return s, msg[helloHead:], nil
+		}
+	}
+	if s == stepDenied {
+		return s, nil, fmt.Errorf("%w: %s does not share this node's secret", ErrStranger, t.c.RemoteAddr())
+	}
+	return s, nil, fmt.Errorf("%w: handshake: a message of type %d, want %d", ErrFrame, s, want)
+}
+
+// readStep reads one message, whole.
+func readStep(r io.Reader) (step, []byte, error) {
+	head := make([]byte, helloHead)
+	if _, err := io.ReadFull(r, head); err != nil {
+		return 0, nil, err
+	}
+	be := binary.BigEndian
+	if string(head[:8]) != helloMagic {
+		return 0, nil, fmt.Errorf("%w: not a node of Estran", ErrFrame)
+	}
+	if v := be.Uint16(head[8:]); v != helloVersion {
+		return 0, nil, fmt.Errorf("%w: handshake of version %d, this program speaks %d", ErrVersion, v, helloVersion)
+	}
+	s, n := step(head[10]), be.Uint32(head[12:])
+	if s < stepHello || s > stepDenied || head[11] != 0 || n > uint32(s.most()) {
+		return s, nil, fmt.Errorf("%w: handshake: %d bytes of type %d", ErrFrame, n, s)
+	}
+	msg := append(head, make([]byte, n)...)
+	if _, err := io.ReadFull(r, msg[helloHead:]); err != nil {
+		return s, nil, err
+	}
+	return s, msg, nil
+}
+
+func newNonce() []byte {
+	b := make([]byte, nonceBytes)
+	_, _ = rand.Read(b) // never fails
+	return b
+}
+
+func noNonce(b []byte) bool { return len(b) != nonceBytes || bytes.Equal(b, make([]byte, nonceBytes)) }
+
+// agree returns the highest frame version that both sides have.
+func agree(lowest, highest int) (int, error) {
+	v := min(highest, frameVersion)
+	if v < lowest || v < frameLeast {
+		return 0, fmt.Errorf("%w: frames of versions %d to %d, this node speaks %d to %d", ErrVersion, lowest, highest, frameLeast, frameVersion)
+	}
+	return v, nil
+}
+
+// compare refuses another node's features if one that both know has no level in common. What only one side knows is not used.
+func compare(own, other map[string]Levels) error {
+	if len(other) > featuresMax {
+		return fmt.Errorf("%w: %d features", ErrFrame, len(other))
+	}
+	for name, o := range own {
+		if l, ok := other[name]; ok && (l[0] > o[1] || l[1] < o[0]) {
+			return fmt.Errorf("%w: levels %d to %d of feature %s, this node has %d to %d", ErrVersion, l[0], l[1], name, o[0], o[1])
+		}
+	}
+	return nil
 }
 
 // introduce is the dialer's side of the handshake.
 func (p *Peers) introduce(c net.Conn, target string, cl class) error {
-	l, err := p.talk(c, target, cl)
+	w, err := p.speak(c, target, cl)
 	if err != nil {
 		return err
 	}
-	if own := p.cluster.Load().id; l.Server != target || l.Cluster != own {
-		return fmt.Errorf("%w: %s is %s of cluster %q, want %s of %q", ErrStranger, c.RemoteAddr(), l.Server, l.Cluster, target, own)
+	if own := p.cluster.Load().id; w.Server != target || w.Cluster != own {
+		return fmt.Errorf("%w: %s is %s of cluster %q, want %s of %q", ErrStranger, c.RemoteAddr(), w.Server, w.Cluster, target, own)
 	}
 	return c.SetDeadline(time.Time{})
 }
 
-// talk does the handshake and returns what the listener says of itself.
-func (p *Peers) talk(c net.Conn, target string, cl class) (l hello, err error) {
-	if err := c.SetDeadline(time.Now().Add(helloTime)); err != nil {
-		return l, err
+// speak does the handshake and returns what the listener says of itself.
+func (p *Peers) speak(c net.Conn, target string, cl class) (w welcome, err error) {
+	t, err := p.newTalk(c)
+	if err != nil {
+		return w, err
 	}
-	d := p.self()
-	d.Target, d.Class = target, cl
-	if err := writeHello(c, d); err != nil {
-		return l, err
+	body, err := json.Marshal(hello{Cluster: p.cluster.Load().id, Server: p.cfg.ServerID, Target: target, Class: cl, Min: frameLeast, Max: frameVersion, Features: p.cfg.Features, Nonce: newNonce()})
+	if err != nil {
+		return w, err
 	}
-	if l, err = readHello(c); err != nil {
-		return l, err
+	if err := t.say(stepHello, body); err != nil {
+		return w, err
 	}
-	if !hmac.Equal(l.MAC, mac(p.cfg.Secret, "listener", &d, &l)) {
-		return l, fmt.Errorf("%w: %s does not know the cluster's secret", ErrStranger, c.RemoteAddr())
+	if _, nonce, err := t.hear(stepChallenge); err != nil {
+		return w, err
+	} else if noNonce(nonce) {
+		return w, fmt.Errorf("%w: handshake: no nonce", ErrFrame)
 	}
-	if err := writeHello(c, hello{MAC: mac(p.cfg.Secret, "dialer", &d, &l)}); err != nil {
-		return l, err
+	if err := t.say(stepProof, t.proof("dialer")); err != nil {
+		return w, err
 	}
-	ok, err := readHello(c)
-	if err == nil && ok.Version != frameVersion {
-		err = fmt.Errorf("%w: frames of version %d", ErrFrame, ok.Version)
+	s, body, err := t.hear(stepWelcome, stepRefusal)
+	if err != nil {
+		return w, err
 	}
-	return l, err
+	want := t.proof("listener")
+	if _, got, err := t.hear(stepProof); err != nil {
+		return w, err
+	} else if !hmac.Equal(got, want) {
+		return w, fmt.Errorf("%w: %s does not share this node's secret", ErrStranger, c.RemoteAddr())
+	}
+	if err := json.Unmarshal(body, &w); err != nil {
+		return w, fmt.Errorf("%w: %w", ErrFrame, err)
+	}
+	if s == stepRefusal {
+		return welcome{}, fmt.Errorf("%w: %s", ErrRefused, w.Error)
+	}
+	return w, p.accepts(c, &w)
+}
+
+// accepts checks what a listener says of itself.
+func (p *Peers) accepts(c net.Conn, w *welcome) error {
+	if w.Version < frameLeast || w.Version > frameVersion {
+		return fmt.Errorf("%w: frames of version %d", ErrVersion, w.Version)
+	}
+	if err := compare(p.cfg.Features, w.Features); err != nil {
+		return err
+	}
+	return tlsNames(c, w.Server)
 }
 
 // Peer is what a node says of itself: its cluster is "" while it belongs to none.
@@ -163,59 +275,94 @@ type Peer struct {
 
 // Ask asks who listens at an address.
 func (p *Peers) Ask(ctx context.Context, addr string) (Peer, error) {
-	ctx, cancel := context.WithTimeout(ctx, dialTime)
+	ctx, cancel := context.WithTimeout(ctx, p.times.dial)
 	defer cancel()
-	c, err := p.cfg.Dial(ctx, addr)
+	c, err := p.connect(ctx, addr)
 	if err != nil {
 		return Peer{}, err
 	}
 	defer c.Close()
-	l, err := p.talk(c, "", classAsk)
-	return Peer{l.Server, l.Cluster, l.Founders}, err
+	w, err := p.speak(c, "", classAsk)
+	return Peer{w.Server, w.Cluster, w.Founders}, err
 }
 
-// receive is the listener's side. It tells an unknown dialer nothing but why it is refused.
+// receive is the listener's side. Nothing that it says before the dialer's proof depends on this node but a nonce.
 func (p *Peers) receive(c net.Conn) (from string, cl class, err error) {
-	if err := c.SetDeadline(time.Now().Add(helloTime)); err != nil {
-		return "", "", err
-	}
-	d, err := readHello(c)
+	t, err := p.newTalk(c)
 	if err != nil {
 		return "", "", err
 	}
-	refuse := func(why string) (string, class, error) {
-		return "", "", errors.Join(fmt.Errorf("%w: %s: %s", ErrStranger, c.RemoteAddr(), why), writeHello(c, hello{Error: why}))
+	_, body, err := t.hear(stepHello)
+	if errors.Is(err, ErrVersion) {
+		return "", "", errors.Join(err, t.say(stepDenied, nil)) // tells the version, so that its people see what is wrong
 	}
-	switch own := p.cluster.Load().id; {
-	case d.Class != classAsk && own == "":
-		return refuse("this node belongs to no cluster yet")
-	case d.Class != classAsk && d.Cluster != own:
-		return refuse("this node belongs to another cluster")
-	case d.Class != classAsk && d.Target != p.cfg.ServerID:
-		return refuse("this is not " + d.Target)
-	case d.Server == "" || d.Server == p.cfg.ServerID:
-		return refuse("it calls itself " + d.Server)
-	case d.Class != classBulk && d.Class != classBeat && d.Class != classAsk:
-		return refuse(fmt.Sprintf("class %q", d.Class))
-	case d.Min > frameVersion || d.Max < frameVersion:
-		return refuse(fmt.Sprintf("frames of versions %d to %d, this node speaks %d", d.Min, d.Max, frameVersion))
-	case len(d.Nonce) != 16 || bytes.Equal(d.Nonce, make([]byte, 16)):
-		return refuse("no nonce")
-	}
-	l := p.self()
-	l.MAC = mac(p.cfg.Secret, "listener", &d, &l)
-	if err := writeHello(c, l); err != nil {
-		return "", "", err
-	}
-	proof, err := readHello(c)
 	if err != nil {
 		return "", "", err
 	}
-	if !hmac.Equal(proof.MAC, mac(p.cfg.Secret, "dialer", &d, &l)) {
-		return refuse("it does not know the cluster's secret")
+	var d hello
+	if err := json.Unmarshal(body, &d); err != nil {
+		return "", "", fmt.Errorf("%w: handshake: %w", ErrFrame, err)
 	}
-	if err := writeHello(c, hello{Version: frameVersion}); err != nil {
+	if noNonce(d.Nonce) || len(d.Server) > nameMax {
+		return "", "", fmt.Errorf("%w: handshake: a nonce of %d bytes, a name of %d", ErrFrame, len(d.Nonce), len(d.Server))
+	}
+	if err := t.say(stepChallenge, newNonce()); err != nil {
 		return "", "", err
+	}
+	want := t.proof("dialer")
+	_, proof, err := t.hear(stepProof)
+	if err != nil {
+		return "", "", err
+	}
+	if !hmac.Equal(proof, want) {
+		return "", "", errors.Join(fmt.Errorf("%w: %s calls itself %q and does not share this node's secret", ErrStranger, c.RemoteAddr(), d.Server), t.say(stepDenied, nil))
+	}
+	version, why := p.judge(c, &d)
+	if err := p.welcome(t, version, why); err != nil || why != nil {
+		return "", "", errors.Join(why, err)
 	}
 	return d.Server, d.Class, c.SetDeadline(time.Time{})
+}
+
+// judge decides on a dialer that has shown that it belongs to the cluster.
+func (p *Peers) judge(c net.Conn, d *hello) (version int, err error) {
+	stranger := func(why string) error { return fmt.Errorf("%w: %s: %s", ErrStranger, c.RemoteAddr(), why) }
+	switch own := p.cluster.Load().id; {
+	case d.Class != classBulk && d.Class != classBeat && d.Class != classAsk:
+		return 0, stranger(fmt.Sprintf("class %q", d.Class))
+	case d.Class != classAsk && own == "":
+		return 0, stranger("this node belongs to no cluster yet")
+	case d.Class != classAsk && d.Cluster != own:
+		return 0, stranger("this node belongs to another cluster")
+	case d.Class != classAsk && d.Target != p.cfg.ServerID:
+		return 0, stranger("this is not " + d.Target)
+	case d.Server == "" || d.Server == p.cfg.ServerID:
+		return 0, stranger("it calls itself " + d.Server)
+	}
+	if err := tlsNames(c, d.Server); err != nil {
+		return 0, err
+	}
+	if err := compare(p.cfg.Features, d.Features); err != nil {
+		return 0, err
+	}
+	return agree(d.Min, d.Max)
+}
+
+// welcome answers a dialer whose proof was right, and proves in its turn.
+func (p *Peers) welcome(t *talk, version int, why error) error {
+	cluster := p.cluster.Load()
+	s, w := stepWelcome, welcome{Cluster: cluster.id, Founders: cluster.founders, Server: p.cfg.ServerID, Clock: p.cfg.Now().UnixMilli(), Version: version, Features: p.cfg.Features}
+	if why != nil {
+		s, w = stepRefusal, welcome{Error: why.Error()}
+	}
+	body, err := json.Marshal(w)
+	if err != nil {
+		return err
+	}
+	if len(body) > s.most() {
+		return fmt.Errorf("%w: a welcome of %d bytes", ErrFrame, len(body))
+	}
+	b := t.message(s, body)
+	_, err = t.c.Write(append(b, t.message(stepProof, t.proof("listener"))...))
+	return err
 }

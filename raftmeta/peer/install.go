@@ -14,9 +14,6 @@ import (
 )
 
 const (
-	// stepTime bounds each piece of a snapshot; restoreTime the last one, in which raft restores it.
-	stepTime    = 10 * time.Second
-	restoreTime = 2 * time.Minute
 	snapshotMax = 4 << 30
 )
 
@@ -32,7 +29,7 @@ type piece struct {
 
 // InstallSnapshot implements raft.Transport.
 func (t *Transport) InstallSnapshot(_ raft.ServerID, target raft.ServerAddress, a *raft.InstallSnapshotRequest, resp *raft.InstallSnapshotResponse, data io.Reader) error {
-	t.g.Log.HoldAt(string(target), a.LastLogIndex, time.Now().Add(restoreTime))
+	t.g.Log.HoldAt(string(target), a.LastLogIndex, time.Now().Add(t.p.times.restore))
 	l := t.p.link(string(target), classBulk)
 	m := piece{ID: rand.Uint64(), Request: a, Installed: t.g.Installed(a.LastLogIndex, a.LastLogTerm)}
 	buf := make([]byte, chunkMax)
@@ -41,9 +38,9 @@ func (t *Transport) InstallSnapshot(_ raft.ServerID, target raft.ServerAddress, 
 		if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
 			return fmt.Errorf("peer: reading the snapshot %d for %s: %w", a.LastLogIndex, target, err)
 		}
-		limit := stepTime
+		limit := t.p.times.step
 		if m.Last = err != nil || m.At+int64(n) >= a.Size; m.Last {
-			limit = restoreTime
+			limit = t.p.times.restore
 		}
 		meta, err := json.Marshal(m)
 		if err != nil {

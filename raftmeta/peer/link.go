@@ -22,13 +22,29 @@ var (
 )
 
 const (
-	writeTime = 10 * time.Second
 	// writeMost is what goes into one write.
 	writeMost = 1 << 20
-	dialTime  = 2 * time.Second
-	redial    = 50 * time.Millisecond
 	answerMax = 64 << 10
+	// recordBytes is the most that a TLS record holds: shorter pieces of a message share one.
+	recordBytes = 16 << 10
 )
+
+// times bound everything that waits for a peer.
+type times struct {
+	dial, hello, redial time.Duration
+	// write bounds one write; body what is left of a frame that has begun to arrive.
+	write, body time.Duration
+	// call bounds a call: a peer's disk may stall for a while. beat and vote are for those that the peer answers at once. Whoever is silent for as long as a call takes has lost
+	// its connection.
+	call, beat, vote time.Duration
+	// step bounds a piece of a snapshot, restore the last one, in which raft restores it.
+	step, restore time.Duration
+}
+
+func defaultTimes() times {
+	return times{dial: 2 * time.Second, hello: 3 * time.Second, redial: 50 * time.Millisecond, write: 10 * time.Second, body: 10 * time.Second,
+		call: 10 * time.Second, beat: 2 * time.Second, vote: 2 * time.Second, step: 10 * time.Second, restore: 2 * time.Minute}
+}
 
 // call is a request that is on its way. done is called once, on whatever goroutine; it must not block.
 type call struct {
@@ -148,7 +164,7 @@ func (l *link) run() {
 		c, err := l.dial()
 		if err != nil {
 			l.p.cfg.Logger.Debug("no connection to a peer", "peer", l.target, "class", l.class, "err", err)
-			if !l.pause(redial) { // calls wait for their time: raft backs off for seconds if they fail at once
+			if !l.p.pause(l.p.times.redial) { // calls wait for their time: raft backs off for seconds if they fail at once
 				return
 			}
 			continue
@@ -162,13 +178,14 @@ func (l *link) run() {
 	}
 }
 
-func (l *link) pause(d time.Duration) bool {
+// pause waits; false = the node closes.
+func (p *Peers) pause(d time.Duration) bool {
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
 	case <-t.C:
 		return true
-	case <-l.p.ctx.Done():
+	case <-p.ctx.Done():
 		return false
 	}
 }
@@ -190,21 +207,37 @@ func (l *link) dial() (net.Conn, error) {
 	return c, nil
 }
 
-// dial connects to a peer, without a handshake.
+// dial connects to a peer, with TLS if there is to be, without a handshake of ours.
 func (p *Peers) dial(target string) (net.Conn, error) {
 	addr, ok := p.cfg.Resolve(target)
 	if !ok {
 		return nil, fmt.Errorf("peer: no address of %s", target)
 	}
-	ctx, cancel := context.WithTimeout(p.ctx, dialTime)
+	ctx, cancel := context.WithTimeout(p.ctx, p.times.dial)
 	defer cancel()
-	return p.cfg.Dial(ctx, addr)
+	return p.connect(ctx, addr)
+}
+
+func (p *Peers) connect(ctx context.Context, addr string) (net.Conn, error) {
+	raw, err := p.cfg.Dial(ctx, addr)
+	if err != nil {
+		return nil, err
+	}
+	c, err := p.secure(ctx, raw, true)
+	if err != nil {
+		return nil, errors.Join(err, raw.Close())
+	}
+	return c, nil
 }
 
 // write sends what waits, group after group, a chunk of each at a time.
 func (l *link) write(c net.Conn) error {
 	heads := make([]byte, 0, frameHeader*(writeMost/chunkMax+8))
 	var bufs net.Buffers
+	var records *bufio.Writer
+	if _, ok := c.(sealed); ok {
+		records = bufio.NewWriterSize(c, recordBytes)
+	}
 	for {
 		heads, bufs = heads[:0], bufs[:0]
 		l.mu.Lock()
@@ -234,14 +267,27 @@ func (l *link) write(c net.Conn) error {
 			l.turn = append(l.turn, g)
 		}
 		l.mu.Unlock()
-		if err := c.SetWriteDeadline(time.Now().Add(writeTime)); err != nil {
-			return err
-		}
-		out := bufs
-		if _, err := out.WriteTo(c); err != nil {
+		if err := l.flush(c, records, bufs); err != nil {
 			return err
 		}
 	}
+}
+
+// flush writes buffers: with one system call, or as few records.
+func (l *link) flush(c net.Conn, records *bufio.Writer, bufs net.Buffers) error {
+	if err := c.SetWriteDeadline(time.Now().Add(l.p.times.write)); err != nil {
+		return err
+	}
+	if records == nil {
+		_, err := bufs.WriteTo(c)
+		return err
+	}
+	for _, b := range bufs {
+		if _, err := records.Write(b); err != nil {
+			return err
+		}
+	}
+	return records.Flush()
 }
 
 // chunk appends the call's next frame.

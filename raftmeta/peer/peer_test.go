@@ -163,7 +163,7 @@ func TestStalledGroup(t *testing.T) {
 		}
 		for range 20 {
 			wg.Go(func() {
-				lead.peers.link(n.id, classBulk).ask(&call{kind: kindAppend, group: 2, meta: encodeAppend(&raft.AppendEntriesRequest{RPCHeader: h, Term: 1, PrevLogEntry: 1}, nil)}, callTime)
+				lead.peers.link(n.id, classBulk).ask(&call{kind: kindAppend, group: 2, meta: encodeAppend(&raft.AppendEntriesRequest{RPCHeader: h, Term: 1, PrevLogEntry: 1}, nil)}, lead.peers.times.call)
 			})
 		}
 	}
@@ -217,7 +217,7 @@ func TestCloseUnderLoad(t *testing.T) {
 						case <-stop:
 							return
 						default:
-							_, _ = n.peers.link(lead.id, classBulk).ask(&call{kind: kindVote, group: 100 + g}, voteTime)
+							_, _ = n.peers.link(lead.id, classBulk).ask(&call{kind: kindVote, group: 100 + g}, n.peers.times.vote)
 						}
 					}
 				})

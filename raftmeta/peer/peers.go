@@ -22,8 +22,11 @@ type Config struct {
 	// ClusterID is "" until the node belongs to a cluster: until then it only says so.
 	ClusterID string
 	Founders  []string
-	// Secret authenticates both ends. Without one the listener must be on loopback.
+	// Secret or TLS authenticates both ends. Without either the listener must be on loopback.
 	Secret []byte
+	TLS    *TLS
+	// Features are what this node can do beyond frames; it speaks to nobody who has no level of one in common.
+	Features map[string]Levels
 	// Listener takes connections; Close closes it. nil = this node has no peers.
 	Listener net.Listener
 	// Resolve gives the address of a server ID.
@@ -50,12 +53,16 @@ type Peers struct {
 	// cluster is what Join said last.
 	cluster  atomic.Pointer[membership]
 	forwards chan struct{}
+	times    times
+	identity *identity // nil without TLS
 
 	mu     sync.Mutex
 	groups map[uint32]*Transport
 	links  map[linkKey]*link
 	in     map[*inbound]struct{}
-	closed bool
+	// strangers are those of in that have not shown who they are, oldest first.
+	strangers []*inbound
+	closed    bool
 }
 
 type membership struct {
@@ -87,14 +94,19 @@ type linkKey struct {
 	class  class
 }
 
-// inMax bounds connections from peers.
-const inMax = 64
+// inMax bounds connections from peers, strangersMax those that have not shown yet that they are: the oldest of these gives way.
+const (
+	inMax        = 64
+	strangersMax = 32
+)
 
-// ErrOpen: a listener that anybody may reach needs a secret.
-var ErrOpen = errors.New("peer: the peer listener is not on loopback and there is no secret")
+// ErrOpen: a listener that anybody may reach needs a secret or certificates.
+var ErrOpen = errors.New("peer: the peer listener is not on loopback and there is neither a secret nor a certificate")
 
 // New starts listening.
-func New(cfg Config) (*Peers, error) {
+func New(cfg Config) (*Peers, error) { return newPeers(cfg, defaultTimes()) }
+
+func newPeers(cfg Config, t times) (*Peers, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -110,12 +122,18 @@ func New(cfg Config) (*Peers, error) {
 			return d.DialContext(ctx, "tcp", addr)
 		}
 	}
-	if cfg.Listener != nil && len(cfg.Secret) == 0 {
+	if cfg.Listener != nil && len(cfg.Secret) == 0 && cfg.TLS == nil {
 		if a, ok := cfg.Listener.Addr().(*net.TCPAddr); !ok || !a.IP.IsLoopback() {
 			return nil, fmt.Errorf("%w: %s", ErrOpen, cfg.Listener.Addr())
 		}
 	}
-	p := &Peers{cfg: cfg, groups: map[uint32]*Transport{}, links: map[linkKey]*link{}, in: map[*inbound]struct{}{}, m: newMetrics(cfg.Registerer), forwards: make(chan struct{}, forwardsMax)}
+	p := &Peers{cfg: cfg, times: t, groups: map[uint32]*Transport{}, links: map[linkKey]*link{}, in: map[*inbound]struct{}{}, m: newMetrics(cfg.Registerer), forwards: make(chan struct{}, forwardsMax)}
+	if cfg.TLS != nil {
+		var err error
+		if p.identity, err = newIdentity(*cfg.TLS, cfg.ServerID); err != nil {
+			return nil, err
+		}
+	}
 	p.Join(cfg.ClusterID, cfg.Founders)
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	if cfg.Listener != nil {
@@ -188,29 +206,65 @@ func (p *Peers) accept() {
 		if err != nil {
 			if p.ctx.Err() == nil && !errors.Is(err, net.ErrClosed) {
 				p.cfg.Logger.Warn("the peer listener failed", "component", "peer", "err", err)
-				if (&link{p: p}).pause(redial) {
+				if p.pause(p.times.redial) {
 					continue
 				}
 			}
 			return
 		}
-		x := newInbound(p, c)
-		p.mu.Lock()
-		full := p.closed || len(p.in) >= inMax
-		if !full {
-			p.in[x] = struct{}{}
-			p.wg.Go(x.serve)
+		p.admit(newInbound(p, c))
+	}
+}
+
+// admit takes a connection whose maker is not known yet.
+func (p *Peers) admit(x *inbound) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		_ = x.raw.Close()
+		return
+	}
+	if len(p.strangers) >= strangersMax {
+		p.wg.Go(p.strangers[0].abort) // it takes locks of its own
+		p.strangers = p.strangers[1:]
+	}
+	p.strangers = append(p.strangers, x)
+	p.in[x] = struct{}{}
+	p.wg.Go(x.serve)
+}
+
+// proven counts a connection among the peers'. A peer has one of each class: an older one is what its end has forgotten.
+func (p *Peers) proven(x *inbound) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.knownLocked(x)
+	if len(p.in)-len(p.strangers) > inMax {
+		return fmt.Errorf("%w: there are %d connections from peers", ErrStranger, inMax)
+	}
+	for o := range p.in {
+		if o != x && o.from == x.from && o.cl == x.cl {
+			p.wg.Go(o.abort)
 		}
-		p.mu.Unlock()
-		if full {
-			_ = c.Close()
-		}
+	}
+	return nil
+}
+
+// knownLocked takes a connection from the strangers.
+func (p *Peers) knownLocked(x *inbound) {
+	if i := slices.Index(p.strangers, x); i >= 0 {
+		p.strangers = slices.Delete(p.strangers, i, i+1)
 	}
 }
 
 // lost is told when a connection from a peer has ended: if nobody listens there any more its process is dead, and no timer need run out.
 func (p *Peers) lost(from string) {
-	c, err := p.dial(from)
+	addr, ok := p.cfg.Resolve(from)
+	if !ok {
+		return
+	}
+	ctx, cancel := context.WithTimeout(p.ctx, p.times.dial)
+	defer cancel()
+	c, err := p.cfg.Dial(ctx, addr)
 	if err == nil {
 		_ = c.Close()
 		return
@@ -237,7 +291,7 @@ type Standing struct{ Term, LastIndex uint64 }
 func (p *Peers) Standings(ctx context.Context, group uint32, servers []string, enough func([]Standing) bool) []Standing {
 	answers := make(chan Standing, len(servers))
 	failed := make(chan struct{}, len(servers))
-	limit := callTime
+	limit := p.times.call
 	if d, ok := ctx.Deadline(); ok {
 		limit = min(limit, time.Until(d))
 	}

@@ -21,8 +21,9 @@ const (
 // inbound is a connection that a peer has made. Its reader never waits for a group.
 type inbound struct {
 	p    *Peers
-	c    net.Conn
-	from string
+	raw  net.Conn // as it was accepted
+	c    net.Conn // raw, or TLS around it; set before anything is answered
+	from string   // with cl, written under p.mu
 	cl   class
 	done chan struct{}
 	once sync.Once
@@ -41,7 +42,7 @@ type inQueue struct {
 }
 
 func newInbound(p *Peers, c net.Conn) *inbound {
-	x := &inbound{p: p, c: c, done: make(chan struct{}), queue: map[uint32]*inQueue{}}
+	x := &inbound{p: p, raw: c, done: make(chan struct{}), queue: map[uint32]*inQueue{}}
 	x.cond = sync.NewCond(&x.mu)
 	return x
 }
@@ -49,7 +50,7 @@ func newInbound(p *Peers, c net.Conn) *inbound {
 func (x *inbound) abort() {
 	x.once.Do(func() {
 		close(x.done)
-		_ = x.c.Close()
+		_ = x.raw.Close()
 		x.mu.Lock()
 		x.cond.Broadcast()
 		x.mu.Unlock()
@@ -62,23 +63,38 @@ func (x *inbound) serve() {
 	p := x.p
 	p.mu.Lock()
 	delete(p.in, x)
+	p.knownLocked(x)
 	p.mu.Unlock()
 	if p.ctx.Err() != nil {
 		return
 	}
-	p.cfg.Logger.Debug("a peer's connection ended", "component", "peer", "peer", x.from, "class", x.cl, "addr", x.c.RemoteAddr().String(), "err", err)
-	if x.from != "" && !errors.Is(err, ErrFrame) {
+	p.cfg.Logger.Debug("a peer's connection ended", "component", "peer", "peer", x.from, "class", x.cl, "addr", x.raw.RemoteAddr().String(), "err", err)
+	if x.from != "" && !errors.Is(err, ErrFrame) && !errors.Is(err, ErrVersion) {
 		p.lost(x.from)
 	}
 }
 
-func (x *inbound) run() (err error) {
-	if x.from, x.cl, err = x.p.receive(x.c); err != nil {
+// prove finds out who has made the connection; from stays "" if nobody is to be heard on it.
+func (x *inbound) prove() error {
+	ctx, cancel := context.WithTimeout(x.p.ctx, x.p.times.hello)
+	defer cancel()
+	c, err := x.p.secure(ctx, x.raw, false)
+	if err != nil {
 		return err
 	}
-	if x.cl == classAsk {
-		x.from = "" // its end says nothing about a node
-		return nil
+	from, cl, err := x.p.receive(c)
+	if err != nil || cl == classAsk {
+		return err
+	}
+	x.p.mu.Lock()
+	x.c, x.from, x.cl = c, from, cl
+	x.p.mu.Unlock()
+	return x.p.proven(x)
+}
+
+func (x *inbound) run() (err error) {
+	if err := x.prove(); err != nil || x.from == "" {
+		return err
 	}
 	x.p.wg.Go(x.write)
 	a := newAssembler(bufio.NewReaderSize(x.c, readBuffer))
@@ -210,7 +226,7 @@ func (x *inbound) write() {
 		if x.ended() {
 			return
 		}
-		err := x.c.SetWriteDeadline(time.Now().Add(writeTime))
+		err := x.c.SetWriteDeadline(time.Now().Add(x.p.times.write))
 		if err == nil {
 			_, err = x.c.Write(b)
 		}

@@ -19,6 +19,6 @@ func (t *Transport) Tell(servers []string, term, commit, commitTerm uint64) {
 			return
 		}
 		c.done = func([]byte, error) {}
-		t.p.link(s, classBulk).submit(c, beatTime)
+		t.p.link(s, classBulk).submit(c, t.p.times.beat)
 	}
 }

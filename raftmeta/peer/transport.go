@@ -15,10 +15,6 @@ import (
 )
 
 const (
-	// callTime bounds a call; a peer's disk may stall for a while.
-	callTime = 10 * time.Second
-	beatTime = 2 * time.Second
-	voteTime = 2 * time.Second
 	// sendMost bounds the bytes of one AppendEntries; one entry may be larger.
 	sendMost = 8 << 20
 	// windowBytes and windowCalls bound what a follower has not acknowledged yet.
@@ -203,9 +199,9 @@ func (t *Transport) AppendEntries(_ raft.ServerID, target raft.ServerAddress, a 
 	if err != nil {
 		return err
 	}
-	l, limit := t.p.link(string(target), classBulk), callTime
+	l, limit := t.p.link(string(target), classBulk), t.p.times.call
 	if isBeat(a) {
-		l, limit = t.p.link(string(target), classBeat), beatTime
+		l, limit = t.p.link(string(target), classBeat), t.p.times.beat
 	}
 	b, err := l.ask(c, limit)
 	if err != nil {
@@ -294,7 +290,7 @@ func (t *Transport) small(target raft.ServerAddress, k kind, req, resp any) erro
 	if err != nil {
 		return err
 	}
-	b, err := t.p.link(string(target), classBeat).ask(&call{kind: k, group: t.g.ID, meta: meta}, voteTime)
+	b, err := t.p.link(string(target), classBeat).ask(&call{kind: k, group: t.g.ID, meta: meta}, t.p.times.vote)
 	if err != nil {
 		return err
 	}
@@ -484,7 +480,7 @@ func (p *pipeline) AppendEntries(a *raft.AppendEntriesRequest, resp *raft.Append
 	p.bytes += f.size
 	p.mu.Unlock()
 	c.done = func(b []byte, err error) { p.answered(f, b, err) }
-	p.l.submit(c, callTime)
+	p.l.submit(c, p.t.p.times.call)
 	return f, nil
 }
 

@@ -27,6 +27,9 @@ const (
 	flagIgnorable = 1
 	// SlotsMax is the most batches that one entry may carry.
 	SlotsMax = 1 << 15
+	// EntryLevel and SnapshotLevel are what nodes must have in common to be of one cluster.
+	EntryLevel    = entryVersion
+	SnapshotLevel = snapshotVersion
 )
 
 // Kind is a command's kind. Kinds are appended, never renumbered.
