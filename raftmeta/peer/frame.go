@@ -5,11 +5,13 @@
 package peer
 
 import (
+	"bufio"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
+	"net"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -33,6 +35,14 @@ func (k kind) String() string {
 	return [...]string{"", "append", "vote", "prevote", "timeout_now", "install", "term", "forward"}[k]
 }
 
+// most is the limit of a message of this kind: who sends more is no peer of this version.
+func (k kind) most(answer bool) uint32 {
+	if answer {
+		return answerMax
+	}
+	return [...]uint32{kindAppend: messageMax, kindVote: smallMax, kindPreVote: smallMax, kindTimeoutNow: smallMax, kindInstall: smallMax + chunkMax, kindTerm: 0, kindForward: metaMax}[k]
+}
+
 const (
 	frameLeast   = 1
 	frameVersion = 1
@@ -40,10 +50,13 @@ const (
 	chunkMax     = 256 << 10
 	messageMax   = 24 << 20
 	metaMax      = 1 << 20
+	smallMax     = 64 << 10
+	answerMax    = 64 << 10
 	entryMeta    = 41
 
 	flagAnswer = 1
 	flagMore   = 2
+	flagsKnown = flagAnswer | flagMore
 
 	statusOK      = 0
 	statusRefused = 1
@@ -86,12 +99,14 @@ func decodeHeader(b []byte) (h header, err error) {
 		return h, fmt.Errorf("%w: no magic", ErrFrame)
 	case be.Uint32(b[36:]) != crcOf(b[:36]):
 		return h, fmt.Errorf("%w: checksum of the header", ErrFrame)
-	case b[2] != frameVersion:
-		return h, fmt.Errorf("%w: version %d", ErrFrame, b[2])
+	case b[2] < frameLeast || b[2] > frameVersion:
+		return h, fmt.Errorf("%w: frame of version %d, this program speaks %d to %d", ErrVersion, b[2], frameLeast, frameVersion)
+	case b[3] == 0 || kind(b[3]) > kindLast || b[4]&^flagsKnown != 0 || b[5]|b[6]|b[7] != 0:
+		return h, fmt.Errorf("%w: frame of kind %d with flags % x", ErrVersion, b[3], b[4:8])
 	}
 	h = header{kind: kind(b[3]), flags: b[4], length: be.Uint32(b[8:]), group: be.Uint32(b[12:]), id: be.Uint64(b[16:]), total: be.Uint32(b[24:]), meta: be.Uint32(b[28:]), metaCRC: be.Uint32(b[32:])}
-	if h.kind == 0 || h.kind > kindLast || h.length > chunkMax || h.total > messageMax || h.meta > metaMax || h.meta > h.total || h.length > h.total {
-		return h, fmt.Errorf("%w: kind %d, %d bytes of %d, %d of them meta", ErrFrame, h.kind, h.length, h.total, h.meta)
+	if h.flags == flagAnswer|flagMore || h.length > chunkMax || h.total > h.kind.most(h.flags&flagAnswer != 0) || h.meta > metaMax || h.meta > h.total || h.length > h.total {
+		return h, fmt.Errorf("%w: %s with flags %d: %d bytes of %d, %d of them meta", ErrFrame, h.kind, h.flags, h.length, h.total, h.meta)
 	}
 	return h, nil
 }
@@ -107,7 +122,9 @@ func (m *message) bulk() []byte     { return m.body[m.meta:] }
 
 // assembler puts messages together; one frame of a group belongs to the message that the frame before it began.
 type assembler struct {
-	r    io.Reader
+	r    *bufio.Reader
+	late func(time.Duration) // sets how long a read may take from now on, 0 = for ever
+	body time.Duration
 	open map[uint32]*message // by group
 	got  map[uint32]uint32
 	// held bounds what is being put together.
@@ -115,8 +132,29 @@ type assembler struct {
 	head [frameHeader]byte
 }
 
-func newAssembler(r io.Reader) *assembler {
-	return &assembler{r: r, open: map[uint32]*message{}, got: map[uint32]uint32{}}
+// newAssembler reads from a connection; what is left of a frame that has begun must come within `body`.
+func newAssembler(c net.Conn, buffer int, body time.Duration) *assembler {
+	a := &assembler{r: bufio.NewReaderSize(c, buffer), body: body, open: map[uint32]*message{}, got: map[uint32]uint32{}}
+	a.late = func(d time.Duration) {
+		at := time.Time{}
+		if d > 0 {
+			at = time.Now().Add(d)
+		}
+		_ = c.SetReadDeadline(at) // fails on a closed connection only, and so does the read
+	}
+	return a
+}
+
+// fill reads a part of a frame. What is here already needs no clock.
+func (a *assembler) fill(b []byte) error {
+	if a.r.Buffered() >= len(b) {
+		_, err := io.ReadFull(a.r, b)
+		return err
+	}
+	a.late(a.body)
+	_, err := io.ReadFull(a.r, b)
+	a.late(0)
+	return err
 }
 
 const heldMax = 4 * messageMax
@@ -124,7 +162,10 @@ const heldMax = 4 * messageMax
 // next returns the next message that is whole.
 func (a *assembler) next() (*message, error) {
 	for {
-		if _, err := io.ReadFull(a.r, a.head[:]); err != nil {
+		if _, err := a.r.Peek(1); err != nil { // a peer may have nothing to say for long
+			return nil, err
+		}
+		if err := a.fill(a.head[:]); err != nil {
 			return nil, err
 		}
 		h, err := decodeHeader(a.head[:])
@@ -141,10 +182,10 @@ func (a *assembler) next() (*message, error) {
 		}
 		at := a.got[h.group]
 		last := h.flags&flagMore == 0
-		if h.id != m.id || h.kind != m.kind || h.total != m.total || h.meta != m.meta || h.metaCRC != m.metaCRC || at+h.length > m.total || last != (at+h.length == m.total) || !last && h.length == 0 {
+		if h.id != m.id || h.kind != m.kind || (h.flags^m.flags)&flagAnswer != 0 || h.total != m.total || h.meta != m.meta || h.metaCRC != m.metaCRC || at+h.length > m.total || last != (at+h.length == m.total) || !last && h.length == 0 {
 			return nil, fmt.Errorf("%w: a frame that does not continue message %d of group %d", ErrFrame, m.id, h.group)
 		}
-		if _, err := io.ReadFull(a.r, m.body[at:at+h.length]); err != nil {
+		if err := a.fill(m.body[at : at+h.length]); err != nil {
 			return nil, err
 		}
 		a.got[h.group] = at + h.length

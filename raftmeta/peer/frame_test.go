@@ -2,11 +2,11 @@ package peer
 
 import (
 	"bytes"
-	"encoding/hex"
+	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"io"
 	"net"
-	"os"
 	"testing"
 	"time"
 
@@ -52,24 +52,105 @@ func request() (*raft.AppendEntriesRequest, *call) {
 	return a, c
 }
 
-// The bytes of a frame are fixed: a node of this version must understand those of another.
-func TestGoldenFrame(t *testing.T) {
-	want, c := request()
-	b := frames(c)
-	const path = "testdata/append.hex"
-	if os.Getenv("UPDATE_GOLDEN") != "" {
-		if err := os.WriteFile(path, []byte(hex.Dump(b)), 0o644); err != nil {
+// reading puts together the messages of some bytes.
+func reading(b []byte) *assembler {
+	return newAssembler(&script{r: bytes.NewReader(b)}, 4096, time.Hour)
+}
+
+// wire is every kind of message, request and answer, as bytes.
+func wire(t testing.TB) map[string][]byte {
+	t.Helper()
+	j := func(v any) []byte {
+		b, err := json.Marshal(v)
+		if err != nil {
 			t.Fatal(err)
 		}
+		return b
 	}
-	golden, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
+	ask := func(k kind, meta, bulk []byte) []byte {
+		c := &call{kind: k, group: 3, id: 77, meta: meta, size: len(bulk)}
+		if len(bulk) > 0 {
+			c.bulk = net.Buffers{bulk}
+		}
+		return frames(c)
 	}
-	if d := cmp.Diff(string(golden), hex.Dump(b)); d != "" {
-		t.Error(d)
+	answer := func(k kind, body []byte, err error) []byte {
+		return appendAnswer(nil, &header{kind: k, group: 3, id: 77}, body, err)
 	}
-	m, err := newAssembler(bytes.NewReader(b)).next()
+	ok := func(v any) []byte { return append([]byte{statusOK}, j(v)...) }
+	h := raft.RPCHeader{ProtocolVersion: 3, ID: []byte("1.aa"), Addr: []byte("1.aa")}
+	state := []byte("the state's bytes")
+	install := &raft.InstallSnapshotRequest{RPCHeader: h, SnapshotVersion: 1, Term: 7, Leader: []byte("1.aa"), LastLogIndex: 40, LastLogTerm: 6, Configuration: []byte{1}, ConfigurationIndex: 2, Size: int64(len(state))}
+	_, a := request()
+	return map[string][]byte{
+		"append":             frames(a),
+		"append_answer":      answer(kindAppend, encodeAppendAnswer(&raft.AppendEntriesResponse{RPCHeader: h, Term: 7, LastLog: 6, Success: true}), nil),
+		"vote":               ask(kindVote, j(&raft.RequestVoteRequest{RPCHeader: h, Term: 7, Candidate: []byte("1.aa"), LastLogIndex: 6, LastLogTerm: 5, LeadershipTransfer: true}), nil),
+		"vote_answer":        answer(kindVote, ok(&raft.RequestVoteResponse{RPCHeader: h, Term: 7, Granted: true}), nil),
+		"prevote":            ask(kindPreVote, j(&raft.RequestPreVoteRequest{RPCHeader: h, Term: 7, LastLogIndex: 6, LastLogTerm: 5}), nil),
+		"prevote_answer":     answer(kindPreVote, ok(&raft.RequestPreVoteResponse{RPCHeader: h, Term: 7, Granted: true}), nil),
+		"timeout_now":        ask(kindTimeoutNow, j(&raft.TimeoutNowRequest{RPCHeader: h}), nil),
+		"timeout_now_answer": answer(kindTimeoutNow, ok(&raft.TimeoutNowResponse{RPCHeader: h}), nil),
+		"install":            ask(kindInstall, j(piece{ID: 5, CRC: crcOf(state), Last: true, Request: install, Installed: 44}), state),
+		"install_answer":     answer(kindInstall, ok(&raft.InstallSnapshotResponse{RPCHeader: h, Term: 7, Success: true}), nil),
+		"term":               ask(kindTerm, nil, nil),
+		"term_answer":        answer(kindTerm, encodeStanding(Standing{7, 6}), nil),
+		"forward":            ask(kindForward, []byte(`{"kind":3}`), nil),
+		"forward_answer":     answer(kindForward, append([]byte{statusOK}, `{"index":9}`...), nil),
+		"refused":            answer(kindForward, nil, errors.New("no group 3 here")),
+	}
+}
+
+// decodeAny reads a message as whoever gets it does.
+func decodeAny(m *message) error {
+	if m.flags&flagAnswer != 0 {
+		body, err := m.answer()
+		switch {
+		case err != nil:
+			return err
+		case m.kind == kindAppend:
+			return decodeAppendAnswer(body, new(raft.AppendEntriesResponse))
+		case m.kind == kindTerm:
+			if _, ok := decodeStanding(body); !ok {
+				return ErrFrame
+			}
+		}
+		return nil
+	}
+	var err error
+	switch m.kind {
+	case kindAppend:
+		_, _, err = decodeAppend(m.metaPart(), m.bulk())
+	case kindInstall:
+		_, err = decodePiece(m)
+	case kindVote:
+		err = json.Unmarshal(m.body, new(raft.RequestVoteRequest))
+	}
+	return err
+}
+
+// The bytes of every kind of frame are fixed: a node of this version must understand those of another.
+func TestGoldenFrames(t *testing.T) {
+	seen := map[[2]uint8]bool{}
+	for name, b := range wire(t) {
+		golden(t, name, b)
+		m, err := reading(b).next()
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		seen[[2]uint8{uint8(m.kind), m.flags}] = true
+		if err := decodeAny(m); (err != nil) != (name == "refused") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for k := kindAppend; k <= kindLast; k++ {
+		if !seen[[2]uint8{uint8(k), 0}] || !seen[[2]uint8{uint8(k), flagAnswer}] {
+			t.Errorf("%s is not there both ways", k)
+		}
+	}
+	want, c := request()
+	m, err := reading(frames(c)).next()
 	if err != nil || m.kind != kindAppend || m.group != 2 || m.id != 9 {
 		t.Fatalf("%+v %v", m, err)
 	}
@@ -79,6 +160,52 @@ func TestGoldenFrame(t *testing.T) {
 	}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
+	}
+}
+
+// What a newer program sends is told from what is broken, and nothing is allocated for what is too large.
+func TestHeadersAreStrict(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(b []byte)
+		want   error
+	}{
+		"as it is":               {func([]byte) {}, nil},
+		"newer version":          {func(b []byte) { b[2] = frameVersion + 1 }, ErrVersion},
+		"version 0":              {func(b []byte) { b[2] = 0 }, ErrVersion},
+		"unknown kind":           {func(b []byte) { b[3] = byte(kindLast) + 1 }, ErrVersion},
+		"no kind":                {func(b []byte) { b[3] = 0 }, ErrVersion},
+		"unknown flag":           {func(b []byte) { b[4] |= 4 }, ErrVersion},
+		"highest flag":           {func(b []byte) { b[4] |= 128 }, ErrVersion},
+		"reserved byte 5":        {func(b []byte) { b[5] = 1 }, ErrVersion},
+		"reserved byte 7":        {func(b []byte) { b[7] = 1 }, ErrVersion},
+		"part of an answer":      {func(b []byte) { b[4] = flagAnswer | flagMore }, ErrFrame},
+		"no magic":               {func(b []byte) { b[0] = 'X' }, ErrFrame},
+		"meta above the message": {func(b []byte) { binary.BigEndian.PutUint32(b[28:], 11) }, ErrFrame},
+	} {
+		b := make([]byte, frameHeader)
+		(&header{kind: kindAppend, length: 10, total: 10, meta: 10}).encode(b)
+		c.change(b)
+		binary.BigEndian.PutUint32(b[36:], crcOf(b[:36]))
+		if _, err := decodeHeader(b); !errors.Is(err, c.want) || (err == nil) != (c.want == nil) {
+			t.Errorf("%s: %v, want %v", name, err, c.want)
+		}
+	}
+	for k := kindAppend; k <= kindLast; k++ {
+		for flag, most := range map[uint8]uint32{0: k.most(false), flagAnswer: k.most(true)} {
+			for over, want := range []error{nil, ErrFrame} {
+				b := make([]byte, frameHeader)
+				(&header{kind: k, flags: flag, total: most + uint32(over)}).encode(b)
+				if _, err := decodeHeader(b); !errors.Is(err, want) || (err == nil) != (want == nil) {
+					t.Errorf("%s, flags %d, %d bytes: %v, want %v", k, flag, most+uint32(over), err, want)
+				}
+			}
+		}
+		if most := k.most(true); most != 64<<10 {
+			t.Errorf("%s: answers of up to %d bytes", k, most)
+		}
+	}
+	if b := appendAnswer(nil, &header{kind: kindForward}, make([]byte, answerMax+1), nil); len(b) > 200 {
+		t.Errorf("an answer that is too large is sent: %d bytes", len(b))
 	}
 }
 
@@ -96,7 +223,7 @@ func TestInterleavedMessages(t *testing.T) {
 			wire = append(wire, b...)
 		}
 	}
-	a := newAssembler(bytes.NewReader(wire))
+	a := reading(wire)
 	for _, c := range []byte{'a', 'b'} {
 		m, err := a.next()
 		if err != nil {
@@ -111,40 +238,47 @@ func TestInterleavedMessages(t *testing.T) {
 	}
 }
 
-// Every byte of a frame that is changed is noticed: in the header, in the meta part, in the entries.
+// Every byte of a message that is changed is noticed: in the header, in the meta part, in entries, in a snapshot's bytes.
 func TestEveryFlippedBit(t *testing.T) {
-	_, c := request()
-	good := frames(c)
-	for i := range good {
-		b := bytes.Clone(good)
-		b[i] ^= 1
-		m, err := newAssembler(bytes.NewReader(b)).next()
-		if err == nil {
-			_, _, err = decodeAppend(m.metaPart(), m.bulk())
+	for name, good := range wire(t) {
+		if name == "refused" {
+			continue // it is an error as it is
 		}
-		if err == nil {
-			t.Errorf("byte %d was changed and nobody noticed", i)
+		for i := range good {
+			b := bytes.Clone(good)
+			b[i] ^= 1
+			m, err := reading(b).next()
+			if err == nil {
+				err = decodeAny(m)
+			}
+			if err == nil {
+				t.Errorf("%s: byte %d was changed and nobody noticed", name, i)
+			}
 		}
 	}
 }
 
 func FuzzMessages(f *testing.F) {
-	_, c := request()
-	f.Add(frames(c))
+	for _, b := range wire(f) {
+		f.Add(b)
+	}
 	f.Add([]byte("EP"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		a := newAssembler(bytes.NewReader(b))
+		a := reading(b)
 		for {
 			m, err := a.next()
 			if err != nil {
 				return
 			}
+			if len(m.body) > int(m.kind.most(m.flags&flagAnswer != 0)) {
+				t.Errorf("a message of %d bytes", len(m.body))
+			}
+			_ = decodeAny(m)
+			if m.kind != kindAppend || m.flags != 0 {
+				continue
+			}
 			if req, crcs, err := decodeAppend(m.metaPart(), m.bulk()); err == nil && !bytes.Equal(encodeAppend(req, crcs), m.metaPart()) {
 				t.Error("the same request has other bytes")
-			}
-			var r raft.AppendEntriesResponse
-			if body, err := m.answer(); err == nil {
-				_ = decodeAppendAnswer(body, &r)
 			}
 		}
 	})

@@ -365,10 +365,11 @@ type script struct {
 	w bytes.Buffer
 }
 
-func (s *script) Read(b []byte) (int, error)  { return s.r.Read(b) }
-func (s *script) Write(b []byte) (int, error) { return s.w.Write(b) }
-func (*script) SetDeadline(time.Time) error   { return nil }
-func (*script) RemoteAddr() net.Addr          { return &net.TCPAddr{} }
+func (s *script) Read(b []byte) (int, error)    { return s.r.Read(b) }
+func (s *script) Write(b []byte) (int, error)   { return s.w.Write(b) }
+func (*script) SetDeadline(time.Time) error     { return nil }
+func (*script) SetReadDeadline(time.Time) error { return nil }
+func (*script) RemoteAddr() net.Addr            { return &net.TCPAddr{} }
 
 // Whatever is said in a handshake, neither side believes it: the nonces are new each time.
 func FuzzHello(f *testing.F) {

@@ -21,6 +21,7 @@ const (
 type piece struct {
 	ID   uint64 `json:"id"`
 	At   int64  `json:"at"`
+	CRC  uint32 `json:"crc"` // of the bytes that come with it
 	Last bool   `json:"last,omitempty"`
 	// Request and Installed come with the first one.
 	Request   *raft.InstallSnapshotRequest `json:"request,omitempty"`
@@ -42,6 +43,7 @@ func (t *Transport) InstallSnapshot(_ raft.ServerID, target raft.ServerAddress, 
 		if m.Last = err != nil || m.At+int64(n) >= a.Size; m.Last {
 			limit = t.p.times.restore
 		}
+		m.CRC = crcOf(buf[:n])
 		meta, err := json.Marshal(m)
 		if err != nil {
 			return err
@@ -74,11 +76,11 @@ type staging struct {
 var errSuperseded = errors.New("a newer snapshot is being received")
 
 func (t *Transport) handleInstall(x *inbound, m *message) ([]byte, error) {
-	var p piece
-	if err := json.Unmarshal(m.metaPart(), &p); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrFrame, err)
+	p, err := decodePiece(m)
+	if err != nil {
+		return nil, err
 	}
-	s, err := t.receive(x.from, &p, m.bulk())
+	s, err := t.receive(x.from, p, m.bulk())
 	if err != nil || !p.Last {
 		return []byte{statusOK}, err
 	}
@@ -89,6 +91,18 @@ func (t *Transport) handleInstall(x *inbound, m *message) ([]byte, error) {
 	}
 	b, err := json.Marshal(resp)
 	return append([]byte{statusOK}, b...), err
+}
+
+// decodePiece reads a piece whose bytes are what the sender read.
+func decodePiece(m *message) (*piece, error) {
+	p := new(piece)
+	if err := json.Unmarshal(m.metaPart(), p); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrFrame, err)
+	}
+	if crcOf(m.bulk()) != p.CRC {
+		return nil, fmt.Errorf("%w: checksum of %d bytes at %d of a snapshot", ErrFrame, len(m.bulk()), p.At)
+	}
+	return p, nil
 }
 
 // receive adds a piece. The first piece of a snapshot replaces one that is on its way, unless that is of a later term.

@@ -24,7 +24,8 @@ var (
 const (
 	// writeMost is what goes into one write.
 	writeMost = 1 << 20
-	answerMax = 64 << 10
+	// answerBuffer is for reading answers, which are small.
+	answerBuffer = 16 << 10
 	// recordBytes is the most that a TLS record holds: shorter pieces of a message share one.
 	recordBytes = 16 << 10
 )
@@ -56,7 +57,8 @@ type call struct {
 	done  func(answer []byte, err error)
 
 	id    uint64
-	sent  int // bytes of the message that were written
+	sent  int    // bytes of the message that were written
+	heard uint64 // answers of the link when it was begun
 	timer *time.Timer
 	over  bool
 }
@@ -74,6 +76,7 @@ type link struct {
 	pending map[uint64]*call   // written at least in part, not answered
 	next    uint64
 	conn    net.Conn
+	heard   uint64 // answers
 	closed  bool
 }
 
@@ -97,9 +100,19 @@ func (l *link) submit(c *call, limit time.Duration) {
 		l.turn = append(l.turn, c.group)
 	}
 	l.queues[c.group] = append(l.queues[c.group], c)
-	c.timer = time.AfterFunc(limit, func() { l.finish(c, nil, fmt.Errorf("%w: %s to %s after %s", ErrTimeout, c.kind, l.target, limit)) })
+	c.timer = time.AfterFunc(limit, func() { l.late(c, limit) })
 	l.cond.Broadcast()
 	l.mu.Unlock()
+}
+
+// late ends a call whose time is over. If nothing at all was heard since it was written, the connection leads nowhere: TCP might go on repeating for a quarter of an hour.
+func (l *link) late(c *call, limit time.Duration) {
+	l.mu.Lock()
+	if c.sent > 0 && !c.over && c.heard == l.heard && l.conn != nil {
+		_ = l.conn.Close() // its reader ends, then its writer
+	}
+	l.mu.Unlock()
+	l.finish(c, nil, fmt.Errorf("%w: %s to %s after %s", ErrTimeout, c.kind, l.target, limit))
 }
 
 // ask is submit that waits.
@@ -253,7 +266,7 @@ func (l *link) write(c net.Conn) error {
 			x := l.queues[g][0]
 			l.turn = l.turn[1:]
 			if x.sent == 0 {
-				l.pending[x.id] = x
+				l.pending[x.id], x.heard = x, l.heard
 			}
 			var k int
 			heads, bufs, k = x.chunk(heads, bufs)
@@ -323,10 +336,10 @@ func (c *call) chunk(heads []byte, bufs net.Buffers) ([]byte, net.Buffers, int) 
 
 // read takes answers until the connection breaks.
 func (l *link) read(c net.Conn) {
-	a := newAssembler(bufio.NewReaderSize(c, 16<<10))
+	a := newAssembler(c, answerBuffer, l.p.times.body)
 	for {
 		m, err := a.next()
-		if err == nil && (m.flags&flagAnswer == 0 || m.total > answerMax) {
+		if err == nil && m.flags&flagAnswer == 0 {
 			err = fmt.Errorf("%w: not an answer", ErrFrame)
 		}
 		if err != nil {
@@ -340,6 +353,7 @@ func (l *link) read(c net.Conn) {
 			return
 		}
 		l.mu.Lock()
+		l.heard++
 		x := l.pending[m.id]
 		l.mu.Unlock()
 		if x == nil || x.kind != m.kind || x.group != m.group {

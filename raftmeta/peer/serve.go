@@ -1,7 +1,6 @@
 package peer
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -97,7 +96,7 @@ func (x *inbound) run() (err error) {
 		return err
 	}
 	x.p.wg.Go(x.write)
-	a := newAssembler(bufio.NewReaderSize(x.c, readBuffer))
+	a := newAssembler(x.c, readBuffer, x.p.times.body)
 	for {
 		m, err := a.next()
 		if err != nil {
@@ -201,16 +200,25 @@ func (x *inbound) answer(m *message, body []byte, err error) {
 }
 
 func (x *inbound) answerLocked(m *message, body []byte, err error) {
+	x.out = appendAnswer(x.out, &m.header, body, err)
+	x.cond.Broadcast()
+}
+
+// appendAnswer appends the frame that answers a request: with body, or with why there is none.
+func appendAnswer(out []byte, asked *header, body []byte, err error) []byte {
+	if err == nil && len(body) > answerMax {
+		err = fmt.Errorf("an answer of %d bytes", len(body))
+	}
 	if err != nil {
 		body = append([]byte{statusRefused}, err.Error()...)
 		body = body[:min(len(body), 1000)]
 	}
-	h := header{kind: m.kind, flags: flagAnswer, length: uint32(len(body)), group: m.group, id: m.id, total: uint32(len(body)), meta: uint32(len(body)), metaCRC: crcOf(body)}
-	at := len(x.out)
-	x.out = append(x.out, make([]byte, frameHeader)...)
-	h.encode(x.out[at:])
-	x.out = append(x.out, body...)
-	x.cond.Broadcast()
+	n := uint32(len(body))
+	h := header{kind: asked.kind, flags: flagAnswer, length: n, group: asked.group, id: asked.id, total: n, meta: n, metaCRC: crcOf(body)}
+	at := len(out)
+	out = append(out, make([]byte, frameHeader)...)
+	h.encode(out[at:])
+	return append(out, body...)
 }
 
 // write sends answers; those that are ready together leave in one write.

@@ -397,11 +397,15 @@ func (p *Peers) standingOf(group uint32) []byte {
 	if t := p.group(group); t != nil {
 		last, err := t.g.Log.LastIndex()
 		if term, ok := t.g.Term(); ok && err == nil {
-			b := binary.BigEndian.AppendUint64([]byte{statusOK}, term)
-			return binary.BigEndian.AppendUint64(b, last)
+			return encodeStanding(Standing{term, last})
 		}
 	}
 	return []byte{statusRefused}
+}
+
+func encodeStanding(s Standing) []byte {
+	b := binary.BigEndian.AppendUint64([]byte{statusOK}, s.Term)
+	return binary.BigEndian.AppendUint64(b, s.LastIndex)
 }
 
 func decodeStanding(b []byte) (s Standing, ok bool) {
