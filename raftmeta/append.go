@@ -3,6 +3,7 @@ package raftmeta
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"time"
 
@@ -59,46 +60,53 @@ func (h *Host) appendOne(ctx context.Context, b AppendBatch, call *appendCall, a
 	if handle == 0 {
 		return ErrUnknownPartition
 	}
-	if err := h.admit(ctx); err != nil {
+	if err := h.admit(ctx, g); err != nil {
 		return err
 	}
 	return g.batcher.add(ctx, handle, b.Batch, call, at)
 }
 
-// FreeBudget is how many bytes of record batches may still be written before the hot budget is used up.
-func (h *Host) FreeBudget() int64 {
+// FreeBudget is how many bytes of record batches may still be written here before the hot budget is used up.
+func (h *Host) FreeBudget() int64 { return max(0, h.room()) }
+
+// room is what is left of this node's hot budget; below 0 is how far it is beyond it. A full disk is like a used-up budget.
+func (h *Host) room() int64 {
 	free := h.cfg.HotMaxBytes
+	full := false
 	for _, g := range h.shardList() {
 		_, unfree := g.log.Bytes()
 		free -= unfree
-		if g.log.NoSpace() {
-			return 0
-		}
+		full = full || g.log.NoSpace()
 	}
-	return max(0, free)
+	if full {
+		return min(0, free)
+	}
+	return free
 }
 
-// admit lets a record batch in while the budget has room: first slower, then not at all.
-func (h *Host) admit(ctx context.Context) error {
-	free := h.FreeBudget()
-	if free > h.cfg.HotMaxBytes/16 {
+// roomFor is what is left for record batches of a group: here, and on the fullest voter that a majority needs.
+func (h *Host) roomFor(g *group) int64 { return min(h.room(), g.others().free) }
+
+// admit lets a record batch in while the budgets have room: first slower, then not at all.
+func (h *Host) admit(ctx context.Context, g *group) error {
+	free, near := h.roomFor(g), h.cfg.HotMaxBytes/16
+	if free > near {
 		return nil
 	}
 	if free > 0 { // near the end: each batch waits the longer, the less is left
 		h.metrics.throttled.Inc()
-		near := h.cfg.HotMaxBytes / 16
 		return sleep(ctx, h.stop, time.Duration(near-free)*20*time.Millisecond/time.Duration(near))
 	}
 	for end := time.Now().Add(budgetWait); time.Now().Before(end); {
 		if err := sleep(ctx, h.stop, 20*time.Millisecond); err != nil {
 			break
 		}
-		if h.FreeBudget() > 0 {
+		if h.roomFor(g) > 0 {
 			return nil
 		}
 	}
 	h.metrics.refused.Inc()
-	return ErrBudget
+	return fmt.Errorf("%w: %d bytes are left here, %d on the fullest voter that a majority of group %d needs", ErrBudget, h.room(), g.others().free, g.id)
 }
 
 func sleep(ctx context.Context, stop <-chan struct{}, d time.Duration) error {

@@ -267,7 +267,7 @@ func (b *batcher) run() {
 			return
 		}
 		var data []byte
-		data, perm = e.entry.Cut(state.Term(term), e.payload[:e.used], b.g.clock.stamp(), perm)
+		data, perm = e.entry.Cut(state.Term(term), e.payload[:e.used], b.g.stamp(), perm)
 		b.propose(e, data, perm)
 	}
 }

@@ -70,13 +70,8 @@ func (h *Host) Clock(s record.ShardID) (record.Timestamp, bool) {
 	if g == nil {
 		return 0, false
 	}
-	now := g.clock.stamp()
-	if now == 0 {
-		return 0, false
-	}
-	g.mu.RLock()
-	defer g.mu.RUnlock()
-	return max(now, g.shard.Clock()), true
+	now := g.stamp()
+	return now, now != 0
 }
 
 // HotRange implements tiering.Catalog.

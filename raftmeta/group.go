@@ -28,6 +28,7 @@ type machine interface {
 	// oldestHot is the index of the oldest entry that is still needed; MaxUint64 if none.
 	oldestHot() uint64
 	leader() state.LeaderStart
+	clock() record.Timestamp
 }
 
 // frozen is a state that can be written while the machine goes on.
@@ -49,7 +50,8 @@ type outcome struct {
 type group struct {
 	id    record.ShardID
 	host  *Host
-	share int // of how many shards, for what the node's groups divide among them
+	self  string // this node's server ID
+	share int    // of how many shards, for what the node's groups divide among them
 	log_  *slog.Logger
 
 	log     *raftlog.Log
@@ -60,6 +62,8 @@ type group struct {
 	trans   *peer.Transport
 	batcher *batcher
 	clock   *clock
+	census  atomic.Pointer[census]
+	seen    atomic.Int64 // the replicated clock
 	metrics *groupMetrics
 
 	mu      sync.RWMutex // guards the machine: Apply holds it for writing, readers for reading
@@ -84,10 +88,10 @@ type group struct {
 }
 
 func openGroup(h *Host, id record.ShardID, dir string) (*group, error) {
-	g := &group{id: id, host: h, share: max(1, h.shardCount), log_: h.cfg.Logger.With("component", "raft", "group", id), notify: make(chan bool, 16), stop: make(chan struct{}),
+	g := &group{id: id, host: h, self: h.identity.serverID(), share: max(1, h.shardCount), log_: h.cfg.Logger.With("component", "raft", "group", id), notify: make(chan bool, 16), stop: make(chan struct{}),
 		changed: make(chan struct{}, 1)}
 	g.metrics = h.metrics.group(id)
-	g.clock = newClock(h.cfg.Now, h.cfg.StoreTime, h.cfg.Logger)
+	g.clock = newClock(h.cfg.Now, h.cfg.StoreTime, g.clocks, g.log_)
 	g.batcher = newBatcher(g)
 	g.watch.init()
 	if id == 0 {
@@ -308,6 +312,15 @@ func (g *group) close() error {
 	return errors.Join(err, g.closeStores())
 }
 
+// stamp is the time for the next entry, never behind what the state has seen; 0 if there is none that is trusted.
+func (g *group) stamp() record.Timestamp {
+	t := g.clock.stamp()
+	if t == 0 {
+		return 0
+	}
+	return max(t, record.Timestamp(g.seen.Load()))
+}
+
 func isTermMismatch(err error) bool { return errors.Is(err, raftlog.ErrTermMismatch) }
 
 // fsm is raft's view of the group.
@@ -339,6 +352,7 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 		}
 	}
 	oldest := g.machine.oldestHot()
+	g.seen.Store(int64(g.machine.clock()))
 	g.mu.Unlock()
 	last := logs[len(logs)-1].Index
 	g.applied.Store(last)
@@ -371,6 +385,7 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 	defer r.Close()
 	f.g.mu.Lock()
 	err := f.g.machine.restore(r)
+	f.g.seen.Store(int64(f.g.machine.clock()))
 	f.g.mu.Unlock()
 	f.g.host.poke()
 	return err
@@ -417,6 +432,7 @@ func (m *metaMachine) restore(r io.Reader) error {
 
 func (m *metaMachine) oldestHot() uint64         { return math.MaxUint64 }
 func (m *metaMachine) leader() state.LeaderStart { return m.g.meta.Leader() }
+func (m *metaMachine) clock() record.Timestamp   { return m.g.meta.Clock() }
 
 type shardMachine struct{ g *group }
 
@@ -447,16 +463,18 @@ func (m *shardMachine) oldestHot() uint64 {
 }
 
 func (m *shardMachine) leader() state.LeaderStart { return m.g.shard.Leader() }
+func (m *shardMachine) clock() record.Timestamp   { return m.g.shard.Clock() }
 
 // tell lets the other voters know what is committed, for what waits until they have applied it: raft takes its time (CommitTimeout) when nothing follows.
 func (g *group) tell() {
 	term := g.leads.Load()
-	if g.host.cfg.alone() || term == 0 {
+	voters := g.voters()
+	if len(voters) < 2 || term == 0 {
 		return
 	}
 	var e raft.Log
 	if err := g.log.GetLog(g.raft.CommitIndex(), &e); err != nil {
 		return
 	}
-	g.trans.Tell(g.voters(), term, e.Index, e.Term)
+	g.trans.Tell(voters, term, e.Index, e.Term)
 }

@@ -85,16 +85,9 @@ func (h *Host) ProposeGroup(s record.ShardID, cmds []state.Command, done func(er
 		done(ErrNotLeader)
 		return
 	}
-	if h.FreeBudget() == 0 { // groups may go on for a while longer than batches, not for ever
-		over := -h.cfg.HotMaxBytes - groupReserve
-		for _, x := range h.shardList() {
-			_, unfree := x.log.Bytes()
-			over += unfree
-		}
-		if over > 0 {
-			done(ErrBudget)
-			return
-		}
+	if h.roomFor(g) < -groupReserve { // groups may go on for a while longer than batches, not for ever
+		done(ErrBudget)
+		return
 	}
 	var first error
 	for i, c := range cmds {

@@ -512,7 +512,7 @@ func TestRandomFaults(t *testing.T) {
 			c.start(i)
 			self := c.hosts[i].identity.serverID()
 			for _, h := range c.hosts {
-				for _, g := range append([]*group{h.meta}, h.shards...) {
+				for _, g := range h.groups() {
 					until(t, "the replacement to vote everywhere", func() bool {
 						v := g.voters()
 						return len(v) == 3 && slices.Contains(v, self) && !slices.Contains(v, old)

@@ -70,6 +70,7 @@ func newMetrics(h *Host) *metrics {
 		"estran_raft_log_poisoned":         "1 after a failed write.",
 		"estran_raft_log_stalled_seconds":  "Duration of the write in flight.",
 		"estran_raft_voters":               "Voters of the group.",
+		"estran_clock_trusted":             "1 while the time that the group's leader puts into entries is trusted.",
 		"estran_unuploaded_bytes":          "Bytes of record batches that are not sealed.",
 	} {
 		m.gauges[name] = prometheus.NewDesc(name, help, []string{"group"}, nil)
@@ -131,6 +132,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 		put("estran_raft_log_poisoned", b2f(g.log.Poisoned() != nil))
 		put("estran_raft_log_stalled_seconds", g.log.Stalled().Seconds())
 		put("estran_raft_voters", float64(len(g.voters())))
+		put("estran_clock_trusted", b2f(g.clock.trusted()))
 		if g.id != 0 {
 			put("estran_unuploaded_bytes", float64(h.HotBytes(g.id)))
 			g.mu.RLock()

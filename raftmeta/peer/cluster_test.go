@@ -178,6 +178,8 @@ type node struct {
 	addr   string
 	tls    *TLS
 	at     times
+	now    func() time.Time
+	free   func() int64
 }
 
 func (n *node) start(first []raft.Server) {
@@ -199,7 +201,7 @@ func (n *node) start(first []raft.Server) {
 			n.t.Fatal(err)
 		}
 	}
-	pc := Config{ServerID: n.id, ClusterID: "c", Secret: []byte("secret"), TLS: n.tls, Listener: l, Resolve: n.net.resolve, Dial: n.net.dialer(n.id), StageDir: n.dir}
+	pc := Config{ServerID: n.id, ClusterID: "c", Secret: []byte("secret"), TLS: n.tls, Listener: l, Resolve: n.net.resolve, Dial: n.net.dialer(n.id), StageDir: n.dir, Now: n.now, Free: n.free}
 	if n.tls != nil {
 		pc.Secret = nil
 	}

@@ -284,12 +284,18 @@ func decodeAppend(meta, bulk []byte) (*raft.AppendEntriesRequest, []entryCRC, er
 	return a, crcs, nil
 }
 
-func encodeAppendAnswer(r *raft.AppendEntriesResponse) []byte {
+// appendAnswerBytes is the length of an answer behind its status.
+const appendAnswerBytes = 38
+
+func encodeAppendAnswer(r *raft.AppendEntriesResponse, clock time.Time, free int64) []byte {
 	be := binary.BigEndian
-	b := be.AppendUint32([]byte{statusOK}, uint32(r.ProtocolVersion))
+	b := append(make([]byte, 0, 1+appendAnswerBytes), statusOK)
+	b = be.AppendUint32(b, uint32(r.ProtocolVersion))
 	b = be.AppendUint64(b, r.Term)
 	b = be.AppendUint64(b, r.LastLog)
-	return append(b, bit(r.Success), bit(r.NoRetryBackoff))
+	b = append(b, bit(r.Success), bit(r.NoRetryBackoff))
+	b = be.AppendUint64(b, uint64(clock.UnixMilli()))
+	return be.AppendUint64(b, uint64(free))
 }
 
 func bit(v bool) byte {
@@ -299,13 +305,13 @@ func bit(v bool) byte {
 	return 0
 }
 
-func decodeAppendAnswer(b []byte, r *raft.AppendEntriesResponse) error {
-	if len(b) != 22 {
-		return fmt.Errorf("%w: answer of %d bytes to an append", ErrFrame, len(b))
+func decodeAppendAnswer(b []byte, r *raft.AppendEntriesResponse) (clock time.Time, free int64, err error) {
+	if len(b) != appendAnswerBytes || b[20] > 1 || b[21] > 1 {
+		return clock, 0, fmt.Errorf("%w: answer of %d bytes to an append", ErrFrame, len(b))
 	}
 	be := binary.BigEndian
 	r.ProtocolVersion = raft.ProtocolVersion(be.Uint32(b))
 	r.Term, r.LastLog = be.Uint64(b[4:]), be.Uint64(b[12:])
 	r.Success, r.NoRetryBackoff = b[20] == 1, b[21] == 1
-	return nil
+	return time.UnixMilli(int64(be.Uint64(b[22:]))), int64(be.Uint64(b[30:])), nil
 }

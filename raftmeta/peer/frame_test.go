@@ -84,7 +84,7 @@ func wire(t testing.TB) map[string][]byte {
 	_, a := request()
 	return map[string][]byte{
 		"append":             frames(a),
-		"append_answer":      answer(kindAppend, encodeAppendAnswer(&raft.AppendEntriesResponse{RPCHeader: h, Term: 7, LastLog: 6, Success: true}), nil),
+		"append_answer":      answer(kindAppend, encodeAppendAnswer(&raft.AppendEntriesResponse{RPCHeader: h, Term: 7, LastLog: 6, Success: true}, time.UnixMilli(1234), -5), nil),
 		"vote":               ask(kindVote, j(&raft.RequestVoteRequest{RPCHeader: h, Term: 7, Candidate: []byte("1.aa"), LastLogIndex: 6, LastLogTerm: 5, LeadershipTransfer: true}), nil),
 		"vote_answer":        answer(kindVote, ok(&raft.RequestVoteResponse{RPCHeader: h, Term: 7, Granted: true}), nil),
 		"prevote":            ask(kindPreVote, j(&raft.RequestPreVoteRequest{RPCHeader: h, Term: 7, LastLogIndex: 6, LastLogTerm: 5}), nil),
@@ -109,7 +109,8 @@ func decodeAny(m *message) error {
 		case err != nil:
 			return err
 		case m.kind == kindAppend:
-			return decodeAppendAnswer(body, new(raft.AppendEntriesResponse))
+			_, _, err := decodeAppendAnswer(body, new(raft.AppendEntriesResponse))
+			return err
 		case m.kind == kindTerm:
 			if _, ok := decodeStanding(body); !ok {
 				return ErrFrame

@@ -22,6 +22,8 @@ const (
 	nonceBytes   = 16
 	featuresMax  = 64
 	nameMax      = 255
+	// skewTold is how far a peer's clock may be from this node's before people are told.
+	skewTold = 5 * time.Minute
 )
 
 // step is the type of a message of the handshake.
@@ -212,6 +214,9 @@ func (p *Peers) introduce(c net.Conn, target string, cl class) error {
 	}
 	if own := p.cluster.Load().id; w.Server != target || w.Cluster != own {
 		return fmt.Errorf("%w: %s is %s of cluster %q, want %s of %q", ErrStranger, c.RemoteAddr(), w.Server, w.Cluster, target, own)
+	}
+	if skew := time.UnixMilli(w.Clock).Sub(p.cfg.Now().Round(0)); skew.Abs() > skewTold {
+		p.cfg.Logger.Warn("a peer's clock differs from this node's", "event", "clock.skew", "component", "peer", "peer", target, "ahead", skew)
 	}
 	return c.SetDeadline(time.Time{})
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"slices"
 	"sync"
@@ -41,6 +42,8 @@ type Config struct {
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
 	Now        func() time.Time
+	// Free is how many bytes of hot log this node may still take; below 0 it is beyond its budget. nil = no bound.
+	Free func() int64
 }
 
 // Peers are the other nodes, for all groups of this one.
@@ -55,6 +58,9 @@ type Peers struct {
 	forwards chan struct{}
 	times    times
 	identity *identity // nil without TLS
+
+	reportMu sync.RWMutex
+	reports  map[string]Report // by server ID
 
 	mu     sync.Mutex
 	groups map[uint32]*Transport
@@ -116,6 +122,9 @@ func newPeers(cfg Config, t times) (*Peers, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	if cfg.Free == nil {
+		cfg.Free = func() int64 { return math.MaxInt64 }
+	}
 	if cfg.Dial == nil {
 		cfg.Dial = func(ctx context.Context, addr string) (net.Conn, error) {
 			var d net.Dialer
@@ -127,7 +136,7 @@ func newPeers(cfg Config, t times) (*Peers, error) {
 			return nil, fmt.Errorf("%w: %s", ErrOpen, cfg.Listener.Addr())
 		}
 	}
-	p := &Peers{cfg: cfg, times: t, groups: map[uint32]*Transport{}, links: map[linkKey]*link{}, in: map[*inbound]struct{}{}, m: newMetrics(cfg.Registerer), forwards: make(chan struct{}, forwardsMax)}
+	p := &Peers{cfg: cfg, times: t, reports: map[string]Report{}, groups: map[uint32]*Transport{}, links: map[linkKey]*link{}, in: map[*inbound]struct{}{}, m: newMetrics(cfg.Registerer), forwards: make(chan struct{}, forwardsMax)}
 	if cfg.TLS != nil {
 		var err error
 		if p.identity, err = newIdentity(*cfg.TLS, cfg.ServerID); err != nil {

@@ -207,7 +207,7 @@ func (t *Transport) AppendEntries(_ raft.ServerID, target raft.ServerAddress, a 
 	if err != nil {
 		return err
 	}
-	if err := decodeAppendAnswer(b, resp); err != nil {
+	if err := t.p.takeAnswer(string(target), b, resp); err != nil {
 		return err
 	}
 	t.track(string(target), a, resp)
@@ -371,7 +371,7 @@ func (t *Transport) handleAppend(x *inbound, m *message) ([]byte, error) {
 	if !ok {
 		return nil, fmt.Errorf("peer: raft answered %T", resp)
 	}
-	return encodeAppendAnswer(r), nil
+	return encodeAppendAnswer(r, t.p.cfg.Now(), t.p.cfg.Free()), nil
 }
 
 // lift moves a request that begins below this log's base onto the base: what lies there is committed, and any leader has it. It also holds the commit index down to what the
@@ -496,7 +496,7 @@ func (p *pipeline) answered(f *future, b []byte, err error) {
 		err = raft.ErrPipelineShutdown
 	}
 	if err == nil {
-		err = decodeAppendAnswer(b, f.resp)
+		err = p.t.p.takeAnswer(p.target, b, f.resp)
 	}
 	if err != nil || !f.resp.Success {
 		p.failed = true
