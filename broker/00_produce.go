@@ -48,7 +48,7 @@ func handleProduce(r *request) error {
 		p := &parts[i]
 		p.at, p.time, p.base, p.logStart, p.record = -1, -1, -1, -1, -1
 		if p.err == nil {
-			p.check(r)
+			p.check(r, acks)
 		}
 		if p.err == nil {
 			p.at = len(batches)
@@ -124,7 +124,7 @@ func failAll(parts []producePart, err error) {
 
 // check validates one partition's batch in the order that Kafka does, and changes what the topic's configuration asks for. The work is bounded by the number
 // of cores; the order of a connection is kept because its reader does it.
-func (p *producePart) check(r *request) {
+func (p *producePart) check(r *request, acks int16) {
 	t, ok := r.s.b.Cluster().Topic(p.topic)
 	if !ok || p.partition < 0 || int(p.partition) >= len(t.Partitions) {
 		p.err = raftmeta.ErrUnknownPartition
@@ -133,6 +133,12 @@ func (p *producePart) check(r *request) {
 	if _, ok := r.s.b.Leader(t.Partitions[p.partition].Shard); !ok {
 		p.err = raftmeta.ErrNotLeader
 		return
+	}
+	if n := len(t.Configs); n > 0 && acks == -1 { // the quorum may have shrunk since the setting was checked
+		if need := minInsync(t.Configs); need > 1 && need > r.s.b.Voters()/2+1 {
+			p.err = codedError{codeNotEnoughReplicas, fmt.Sprintf("%s is %d, and there are %d voters", minInsyncReplicas, need, r.s.b.Voters())}
+			return
+		}
 	}
 	r.s.check <- struct{}{}
 	defer func() { <-r.s.check }()

@@ -140,8 +140,9 @@ func (r *request) encodeMetadata(topics []topicMeta) *writer {
 		w.i32(r.s.b.NodeID())
 	}
 	w.array(len(topics))
+	shards := map[record.ShardID]raftmeta.Replicas{} // there are few, and many partitions
 	for i := range topics {
-		r.encodeTopic(w, &topics[i])
+		r.encodeTopic(w, &topics[i], shards)
 	}
 	if r.version >= 8 && r.version <= 10 {
 		w.i32(noOperations)
@@ -150,7 +151,7 @@ func (r *request) encodeMetadata(topics []topicMeta) *writer {
 	return w
 }
 
-func (r *request) encodeTopic(w *writer, m *topicMeta) {
+func (r *request) encodeTopic(w *writer, m *topicMeta, shards map[record.ShardID]raftmeta.Replicas) {
 	w.i16(m.code)
 	if r.version >= 12 {
 		w.text(m.name)
@@ -167,9 +168,8 @@ func (r *request) encodeTopic(w *writer, m *topicMeta) {
 		w.array(0)
 	} else {
 		w.array(len(m.t.Partitions))
-		rs := r.s.replicas(m.t)
 		for p := range m.t.Partitions {
-			r.encodePartition(w, m.t, int32(p), &rs)
+			r.encodePartition(w, m.t, int32(p), shards)
 		}
 	}
 	if r.version >= 8 {
@@ -178,9 +178,10 @@ func (r *request) encodeTopic(w *writer, m *topicMeta) {
 	w.tags()
 }
 
-func (r *request) encodePartition(w *writer, t *state.Topic, p int32, rs *replicas) {
+func (r *request) encodePartition(w *writer, t *state.Topic, p int32, shards map[record.ShardID]raftmeta.Replicas) {
+	shard := t.Partitions[p].Shard
 	code, leader, epoch := codeNone, int32(-1), int32(-1)
-	if node, ok := r.s.b.Leader(t.Partitions[p].Shard); ok {
+	if node, ok := r.s.b.Leader(shard); ok {
 		leader = node
 		info, err := r.s.b.Partition(record.TopicPartition{Topic: t.ID, Partition: p})
 		if err == nil || errors.Is(err, raftmeta.ErrNotLeader) { // the epoch is known here too
@@ -195,28 +196,42 @@ func (r *request) encodePartition(w *writer, t *state.Topic, p int32, rs *replic
 	if r.version >= 7 {
 		w.i32(epoch)
 	}
-	w.i32s(rs.all)
-	w.i32s(rs.up)
+	have, ok := shards[shard]
+	if !ok {
+		have = r.s.b.Replicas(shard)
+		shards[shard] = have
+	}
+	replicas, isr := replicasOf(have, t.ReplicationFactor, leader)
+	w.i32s(replicas)
+	w.i32s(isr)
 	if r.version >= 5 {
-		w.i32s(rs.down)
+		w.i32s(r.s.offline(replicas))
 	}
 	w.tags()
 }
 
-// replicas are the voters that a topic's partitions are shown on: as many as its replication factor. Every voter has them, so what is up is in sync or catches up.
-type replicas struct{ all, up, down []int32 }
-
-func (s *Server) replicas(t *state.Topic) (out replicas) {
-	for _, n := range s.b.Cluster().Nodes() {
-		if len(out.all) == int(max(t.ReplicationFactor, 1)) {
-			break
-		}
-		out.all = append(out.all, n.ID)
-		if s.b.Down(n.ID) {
-			out.down = append(out.down, n.ID)
-		} else {
-			out.up = append(out.up, n.ID)
+// offline are those of the replicas that do not answer.
+func (s *Server) offline(replicas []int32) (out []int32) {
+	for _, id := range replicas {
+		if s.b.Down(id) {
+			out = append(out, id)
 		}
 	}
 	return out
+}
+
+// replicasOf are the nodes that a partition is shown on: as many of its shard's voters as the topic's replication factor, the leader among them; and those of them that are in
+// contact with the leader. Every voter has the data.
+func replicasOf(have raftmeta.Replicas, factor int16, leader int32) (replicas, isr []int32) {
+	n := min(int(max(factor, 1)), len(have.Voters))
+	replicas = slices.Clone(have.Voters[:n])
+	if n > 0 && slices.Contains(have.Voters, leader) && !slices.Contains(replicas, leader) {
+		replicas[n-1] = leader
+	}
+	for _, v := range replicas {
+		if slices.Contains(have.InSync, v) {
+			isr = append(isr, v)
+		}
+	}
+	return replicas, isr
 }

@@ -38,14 +38,14 @@ func (s *Server) checkTopic(t *raftmeta.TopicSpec) error {
 	if t.Partitions < 1 || t.Partitions > partitionsMax {
 		return codedError{codeInvalidPartitions, fmt.Sprintf("%d partitions are not between 1 and %d", t.Partitions, partitionsMax)}
 	}
-	voters := len(s.b.Cluster().Nodes())
+	voters := s.b.Voters()
 	if t.ReplicationFactor == -1 {
 		t.ReplicationFactor = int16(min(3, voters))
 	}
 	if t.ReplicationFactor < 1 || int(t.ReplicationFactor) > voters {
 		return codedError{codeInvalidReplicationFactor, fmt.Sprintf("replication factor %d with %d voters", t.ReplicationFactor, voters)}
 	}
-	if err := checkTopicConfig(t.Configs); err != nil {
+	if err := s.checkTopicConfig(t.Configs); err != nil {
 		return codedError{codeInvalidConfig, err.Error()}
 	}
 	t.Parsed = s.parsed(t.Configs)
@@ -61,24 +61,58 @@ func (s *Server) createTopic(ctx context.Context, t raftmeta.TopicSpec) (*state.
 	return made.Topic, made.Err
 }
 
+// newTopic is a topic of a CreateTopics request. Which nodes a client assigns decides nothing, since every voter has every partition; how many is the replication factor.
+type newTopic struct {
+	spec     raftmeta.TopicSpec
+	assigned map[int32][]int32 // by partition
+	made     *state.Topic
+	err      error
+}
+
+func (t *newTopic) assign(partition int32, nodes []int32) {
+	if t.assigned == nil {
+		t.assigned = map[int32][]int32{}
+	}
+	if _, twice := t.assigned[partition]; twice {
+		t.err = codedError{codeInvalidReplicaAssignment, fmt.Sprintf("partition %d is assigned twice", partition)}
+	}
+	t.assigned[partition] = nodes
+}
+
+// checkAssignment takes partitions and replication factor from an assignment that could be one.
+func (t *newTopic) checkAssignment(c *state.Cluster) {
+	bad := func(format string, args ...any) {
+		t.err = codedError{codeInvalidReplicaAssignment, fmt.Sprintf(format, args...)}
+	}
+	t.spec.Partitions, t.spec.ReplicationFactor = int32(len(t.assigned)), int16(min(len(t.assigned[0]), 1<<15-1))
+	for p := range t.spec.Partitions {
+		nodes, ok := t.assigned[p]
+		if !ok || len(nodes) == 0 || len(nodes) != int(t.spec.ReplicationFactor) {
+			bad("partition %d is assigned to %d nodes, partition 0 to %d", p, len(nodes), t.spec.ReplicationFactor)
+			return
+		}
+		seen := map[int32]bool{}
+		for _, n := range nodes {
+			if !c.Member(n) || seen[n] {
+				bad("partition %d is assigned to %v: node %d does not exist or is there twice", p, nodes, n)
+				return
+			}
+			seen[n] = true
+		}
+	}
+}
+
 // CreateTopics (19), versions 0-7: validate_only from 1, defaults from 4 (KIP-464), the configuration in the answer from 5 (KIP-525), topic IDs from 7.
 func handleCreateTopics(r *request) error {
-	type topic struct {
-		spec     raftmeta.TopicSpec
-		assigned int
-		made     *state.Topic
-		err      error
-	}
-	topics := make([]topic, max(r.array(8), 0))
+	topics := make([]newTopic, max(r.array(8), 0))
 	names := map[string]int{}
 	for i := range topics {
 		t := &topics[i]
 		t.spec.Name, t.spec.Partitions, t.spec.ReplicationFactor = r.str(), r.i32(), r.i16()
 		names[t.spec.Name]++
 		for range max(r.array(5), 0) {
-			t.assigned++
-			r.i32()
-			r.i32s()
+			p := r.i32()
+			t.assign(p, r.i32s())
 			r.tags()
 		}
 		t.spec.Configs = map[string]string{}
@@ -103,16 +137,16 @@ func handleCreateTopics(r *request) error {
 	ctx, cancel := r.timeout(wait)
 	defer cancel()
 	var specs []raftmeta.TopicSpec
-	var asked []*topic
+	var asked []*newTopic
 	for i := range topics {
 		t := &topics[i]
 		switch {
 		case names[t.spec.Name] > 1:
 			t.err = codedError{codeInvalidRequest, fmt.Sprintf("topic %q is named more than once", t.spec.Name)}
-		case t.assigned > 0 && t.spec.Partitions != -1:
-			t.err = codedError{codeInvalidRequest, "with an assignment of replicas the number of partitions must be -1"}
-		case t.assigned > 0:
-			t.spec.Partitions, t.spec.ReplicationFactor = int32(t.assigned), 1
+		case len(t.assigned) > 0 && (t.spec.Partitions != -1 || t.spec.ReplicationFactor != -1):
+			t.err = codedError{codeInvalidRequest, "with an assignment of replicas the number of partitions and the replication factor must be -1"}
+		case len(t.assigned) > 0 && t.err == nil:
+			t.checkAssignment(r.s.b.Cluster())
 		}
 		if t.err == nil {
 			t.err = r.s.checkTopic(&t.spec)

@@ -38,6 +38,9 @@ type Cluster interface {
 	EpochEnd(record.TopicPartition, record.LeaderEpoch) (record.LeaderEpoch, record.Offset, error)
 	Watch(tps []record.TopicPartition, wake func()) (stop func())
 	Prove(context.Context, record.ShardID) error
+	// Replicas are the nodes that have a shard; Voters is how many nodes the quorum has.
+	Replicas(record.ShardID) raftmeta.Replicas
+	Voters() int
 }
 
 // Admin changes the cluster.

@@ -38,7 +38,7 @@ func (s *Server) brokerSettings() []brokerSetting {
 		{"auto.create.topics.enable", typeBool, strconv.FormatBool(c.AutoCreateTopics)},
 		{"broker.id", typeInt, n(int64(s.b.NodeID()))},
 		{"compression.type", typeString, c.CompressionType},
-		{"default.replication.factor", typeInt, n(int64(min(3, len(s.b.Cluster().Nodes()))))},
+		{"default.replication.factor", typeInt, n(int64(min(3, s.b.Voters())))},
 		{"group.initial.rebalance.delay.ms", typeInt, n(c.GroupInitialDelay.Milliseconds())},
 		{"group.max.session.timeout.ms", typeInt, n(c.GroupMaxSession.Milliseconds())},
 		{"group.max.size", typeInt, n(int64(c.GroupMaxSize))},
@@ -263,7 +263,7 @@ func (r *request) alterTopic(name string, ops []alteration, validate bool) error
 			return err
 		}
 	}
-	if err := checkTopicConfig(next); err != nil {
+	if err := r.s.checkTopicConfig(next); err != nil {
 		return codedError{codeInvalidConfig, err.Error()}
 	}
 	if validate {

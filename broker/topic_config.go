@@ -102,7 +102,7 @@ func topicSettings() []topicSetting {
 		{"message.timestamp.type", typeString, func(c *Config) string { return c.TimestampType }, oneOf("CreateTime", "LogAppendTime"), false},
 		inert("min.cleanable.dirty.ratio", typeDouble, "0.5"),
 		inert("min.compaction.lag.ms", typeLong, "0"),
-		{"min.insync.replicas", typeInt, fixed("1"), only("1", "there is one voter, and a majority is always waited for"), false},
+		{minInsyncReplicas, typeInt, fixed("1"), wholeNumber(1), false},
 		inert("preallocate", typeBool, "false"),
 		{"remote.storage.enable", typeBool, fixed("true"), only("true", "every topic is tiered"), false},
 		{"retention.bytes", typeLong, number(func(c *Config) int64 { return c.RetentionBytes }), wholeNumber(-1), false},
@@ -116,7 +116,7 @@ func topicSettings() []topicSetting {
 }
 
 // checkTopicConfig reports the first fault of a topic's settings.
-func checkTopicConfig(configs map[string]string) error {
+func (s *Server) checkTopicConfig(configs map[string]string) error {
 	for name, v := range configs {
 		i := slices.IndexFunc(topicSettings(), func(s topicSetting) bool { return s.name == name })
 		if i < 0 {
@@ -126,7 +126,18 @@ func checkTopicConfig(configs map[string]string) error {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
+	if n, majority := minInsync(configs), s.b.Voters()/2+1; n > majority {
+		return fmt.Errorf("%s: %d is above the majority of %d voters: it is %d that an acknowledgement waits for", minInsyncReplicas, n, s.b.Voters(), majority)
+	}
 	return nil
+}
+
+const minInsyncReplicas = "min.insync.replicas"
+
+// minInsync is how many voters must have a record before it is acknowledged, as far as a topic says so.
+func minInsync(configs map[string]string) int {
+	n, _ := strconv.Atoi(configs[minInsyncReplicas]) // checked when it was set
+	return max(n, 1)
 }
 
 // topicConfig reads a topic's effective settings.

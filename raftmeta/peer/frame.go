@@ -203,16 +203,29 @@ func (a *assembler) next() (*message, error) {
 	}
 }
 
-func encodeAppend(a *raft.AppendEntriesRequest, crcs []entryCRC) []byte {
+// contactsMax bounds the servers that a heartbeat names.
+const contactsMax = 32
+
+// encodeAppend makes the meta part of a request; contacts are the servers that the leader is in contact with, in heartbeats.
+func encodeAppend(a *raft.AppendEntriesRequest, crcs []entryCRC, contacts []string) []byte {
 	be := binary.BigEndian
 	leader := a.RPCHeader.Addr
-	b := make([]byte, 0, 42+len(leader)+entryMeta*len(a.Entries))
+	contacts = contacts[:min(len(contacts), contactsMax)]
+	size := 43 + len(leader) + entryMeta*len(a.Entries)
+	for _, c := range contacts {
+		size += 1 + len(c)
+	}
+	b := make([]byte, 0, size)
 	b = be.AppendUint32(b, uint32(a.ProtocolVersion))
 	for _, v := range []uint64{a.Term, a.PrevLogEntry, a.PrevLogTerm, a.LeaderCommitIndex} {
 		b = be.AppendUint64(b, v)
 	}
 	b = be.AppendUint16(b, uint16(len(leader)))
 	b = append(b, leader...)
+	b = append(b, byte(len(contacts)))
+	for _, c := range contacts {
+		b = append(append(b, byte(len(c))), c...)
+	}
 	b = be.AppendUint32(b, uint32(len(a.Entries)))
 	for i, e := range a.Entries {
 		b = be.AppendUint64(b, e.Index)
@@ -234,11 +247,26 @@ func encodeAppend(a *raft.AppendEntriesRequest, crcs []entryCRC) []byte {
 // entryCRC is what a frame says of an entry's bytes.
 type entryCRC struct{ data, ext, extLen uint32 }
 
+// decodeContacts reads the servers that a heartbeat names.
+func decodeContacts(b []byte) (contacts []string, rest []byte, ok bool) {
+	if len(b) < 1 || b[0] > contactsMax {
+		return nil, nil, false
+	}
+	n, b := int(b[0]), b[1:]
+	for range n {
+		if len(b) < 1 || len(b) < 1+int(b[0]) {
+			return nil, nil, false
+		}
+		contacts, b = append(contacts, string(b[1:1+b[0]])), b[1+int(b[0]):]
+	}
+	return contacts, b, true
+}
+
 // decodeAppend reads a request whose entries alias bulk. Every byte has been checked when it returns.
-func decodeAppend(meta, bulk []byte) (*raft.AppendEntriesRequest, []entryCRC, error) {
+func decodeAppend(meta, bulk []byte) (*raft.AppendEntriesRequest, []entryCRC, []string, error) {
 	be := binary.BigEndian
-	bad := func(why string) (*raft.AppendEntriesRequest, []entryCRC, error) {
-		return nil, nil, fmt.Errorf("%w: append: %s", ErrFrame, why)
+	bad := func(why string) (*raft.AppendEntriesRequest, []entryCRC, []string, error) {
+		return nil, nil, nil, fmt.Errorf("%w: append: %s", ErrFrame, why)
 	}
 	if len(meta) < 38 {
 		return bad("short")
@@ -246,12 +274,16 @@ func decodeAppend(meta, bulk []byte) (*raft.AppendEntriesRequest, []entryCRC, er
 	a := &raft.AppendEntriesRequest{Term: be.Uint64(meta[4:]), PrevLogEntry: be.Uint64(meta[12:]), PrevLogTerm: be.Uint64(meta[20:]), LeaderCommitIndex: be.Uint64(meta[28:])}
 	n := int(be.Uint16(meta[36:]))
 	rest := meta[38:]
-	if len(rest) < n+4 {
+	if len(rest) < n {
 		return bad("short")
 	}
 	a.RPCHeader = raft.RPCHeader{ProtocolVersion: raft.ProtocolVersion(be.Uint32(meta)), ID: rest[:n:n], Addr: rest[:n:n]}
-	count := be.Uint32(rest[n:])
-	rest = rest[n+4:]
+	contacts, rest, ok := decodeContacts(rest[n:])
+	if !ok || len(rest) < 4 {
+		return bad("servers in contact")
+	}
+	count := be.Uint32(rest)
+	rest = rest[4:]
 	if uint64(len(rest)) != uint64(count)*entryMeta {
 		return bad("number of entries")
 	}
@@ -281,7 +313,7 @@ func decodeAppend(meta, bulk []byte) (*raft.AppendEntriesRequest, []entryCRC, er
 	if len(bulk) > 0 {
 		return bad("bytes behind the last entry")
 	}
-	return a, crcs, nil
+	return a, crcs, contacts, nil
 }
 
 // appendAnswerBytes is the length of an answer behind its status.

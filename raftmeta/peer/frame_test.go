@@ -48,7 +48,7 @@ func request() (*raft.AppendEntriesRequest, *call) {
 			bulk = append(bulk, b)
 		}
 	}
-	c.bulk, c.meta = bulk, encodeAppend(a, crcs)
+	c.bulk, c.meta = bulk, encodeAppend(a, crcs, []string{"2.bb", "3.cc"})
 	return a, c
 }
 
@@ -121,7 +121,7 @@ func decodeAny(m *message) error {
 	var err error
 	switch m.kind {
 	case kindAppend:
-		_, _, err = decodeAppend(m.metaPart(), m.bulk())
+		_, _, _, err = decodeAppend(m.metaPart(), m.bulk())
 	case kindInstall:
 		_, err = decodePiece(m)
 	case kindVote:
@@ -155,11 +155,14 @@ func TestGoldenFrames(t *testing.T) {
 	if err != nil || m.kind != kindAppend || m.group != 2 || m.id != 9 {
 		t.Fatalf("%+v %v", m, err)
 	}
-	got, _, err := decodeAppend(m.metaPart(), m.bulk())
+	got, _, contacts, err := decodeAppend(m.metaPart(), m.bulk())
 	if err != nil {
 		t.Fatal(err)
 	}
 	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
+	}
+	if d := cmp.Diff([]string{"2.bb", "3.cc"}, contacts); d != "" {
 		t.Error(d)
 	}
 }
@@ -278,7 +281,7 @@ func FuzzMessages(f *testing.F) {
 			if m.kind != kindAppend || m.flags != 0 {
 				continue
 			}
-			if req, crcs, err := decodeAppend(m.metaPart(), m.bulk()); err == nil && !bytes.Equal(encodeAppend(req, crcs), m.metaPart()) {
+			if req, crcs, contacts, err := decodeAppend(m.metaPart(), m.bulk()); err == nil && !bytes.Equal(encodeAppend(req, crcs, contacts), m.metaPart()) {
 				t.Error("the same request has other bytes")
 			}
 		}

@@ -163,7 +163,7 @@ func TestStalledGroup(t *testing.T) {
 		}
 		for range 20 {
 			wg.Go(func() {
-				lead.peers.link(n.id, classBulk).ask(&call{kind: kindAppend, group: 2, meta: encodeAppend(&raft.AppendEntriesRequest{RPCHeader: h, Term: 1, PrevLogEntry: 1}, nil)}, lead.peers.times.call)
+				lead.peers.link(n.id, classBulk).ask(&call{kind: kindAppend, group: 2, meta: encodeAppend(&raft.AppendEntriesRequest{RPCHeader: h, Term: 1, PrevLogEntry: 1}, nil, nil)}, lead.peers.times.call)
 			})
 		}
 	}

@@ -74,6 +74,8 @@ type Transport struct {
 
 	stageMu sync.Mutex
 	stage   *staging
+
+	contact contacts
 }
 
 var (
@@ -210,6 +212,7 @@ func (t *Transport) AppendEntries(_ raft.ServerID, target raft.ServerAddress, a 
 	if err := t.p.takeAnswer(string(target), b, resp); err != nil {
 		return err
 	}
+	t.contact.heard(string(target))
 	t.track(string(target), a, resp)
 	return nil
 }
@@ -278,7 +281,11 @@ func (t *Transport) prepare(target string, a *raft.AppendEntriesRequest) (*call,
 		c.bulk = append(c.bulk, payload)
 	}
 	c.size = size
-	c.meta = encodeAppend(a, crcs)
+	var contacts []string
+	if isBeat(a) {
+		contacts = t.contact.since(contactTime)
+	}
+	c.meta = encodeAppend(a, crcs, contacts)
 	return c, nil
 }
 
@@ -347,7 +354,7 @@ func handleSmall[R any](t *Transport, x *inbound, m *message) ([]byte, error) {
 }
 
 func (t *Transport) handleAppend(x *inbound, m *message) ([]byte, error) {
-	a, crcs, err := decodeAppend(m.metaPart(), m.bulk())
+	a, crcs, contacts, err := decodeAppend(m.metaPart(), m.bulk())
 	if err != nil {
 		return nil, err
 	}
@@ -362,6 +369,7 @@ func (t *Transport) handleAppend(x *inbound, m *message) ([]byte, error) {
 			return nil, err
 		}
 	}
+	beat := isBeat(a) // before it may be lifted
 	t.lift(a)
 	resp, err := t.hand(x, a, nil)
 	if err != nil {
@@ -370,6 +378,9 @@ func (t *Transport) handleAppend(x *inbound, m *message) ([]byte, error) {
 	r, ok := resp.(*raft.AppendEntriesResponse)
 	if !ok {
 		return nil, fmt.Errorf("peer: raft answered %T", resp)
+	}
+	if beat && r.Success {
+		t.contact.told(x.from, contacts)
 	}
 	return encodeAppendAnswer(r, t.p.cfg.Now(), t.p.cfg.Free()), nil
 }
@@ -507,6 +518,7 @@ func (p *pipeline) answered(f *future, b []byte, err error) {
 	p.cond.Broadcast()
 	p.mu.Unlock()
 	if err == nil {
+		p.t.contact.heard(p.target)
 		p.t.track(p.target, f.req, f.resp)
 	}
 	close(f.done)

@@ -1,0 +1,64 @@
+package peer
+
+import (
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	// contactTime is a leader's lease: whoever has not answered an append of the group for longer is not in contact.
+	contactTime = 300 * time.Millisecond
+	// toldTime is how long what a leader said of its contacts counts.
+	toldTime = time.Second
+)
+
+// contacts are the servers that a group's leader is in contact with: seen by itself, or told by it with its heartbeats.
+type contacts struct {
+	mu      sync.Mutex
+	answers map[string]time.Time // of the appends of this node, by server
+	leader  string               // who told
+	servers []string             // whom it named
+	at      time.Time
+}
+
+// heard notes that a server has answered.
+func (c *contacts) heard(server string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.answers == nil {
+		c.answers = map[string]time.Time{}
+	}
+	c.answers[server] = time.Now()
+}
+
+// since returns the servers that have answered within d, sorted.
+func (c *contacts) since(d time.Duration) (out []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for s, at := range c.answers {
+		if time.Since(at) <= d {
+			out = append(out, s)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// told notes what a leader says.
+func (c *contacts) told(leader string, servers []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.leader, c.servers, c.at = leader, servers, time.Now()
+}
+
+// Contacts returns the servers that have answered this node's appends within a leader's lease.
+func (t *Transport) Contacts() []string { return t.contact.since(contactTime) }
+
+// ToldContacts returns the servers that a leader said last it was in contact with; ok is false if it is not that one who spoke last, or not lately.
+func (t *Transport) ToldContacts(leader string) (servers []string, ok bool) {
+	c := &t.contact
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.servers, c.leader == leader && time.Since(c.at) <= toldTime
+}
