@@ -2,17 +2,14 @@ package peer
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"hash/crc32"
 	"io"
-	"maps"
 	"math"
 	"math/rand/v2"
 	"net"
 	"path/filepath"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -34,80 +31,6 @@ func eventually(t testing.TB, what string, cond func() bool) {
 			t.Fatalf("%s: not after 60 s", what)
 		}
 	}
-}
-
-// net_ is who listens where, and what is cut.
-type network struct {
-	mu    sync.Mutex
-	addrs map[string]string
-	cut   map[[2]string]bool // from, to
-	conns map[[2]string][]net.Conn
-}
-
-func newNetwork() *network {
-	return &network{addrs: map[string]string{}, cut: map[[2]string]bool{}, conns: map[[2]string][]net.Conn{}}
-}
-
-func (n *network) resolve(id string) (string, bool) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	a, ok := n.addrs[id]
-	return a, ok
-}
-
-// dialer dials on behalf of one server; what is cut swallows what is written, as a network does.
-func (n *network) dialer(from string) func(context.Context, string) (net.Conn, error) {
-	return func(ctx context.Context, addr string) (net.Conn, error) {
-		var d net.Dialer
-		c, err := d.DialContext(ctx, "tcp", addr)
-		if err != nil {
-			return nil, err
-		}
-		n.mu.Lock()
-		defer n.mu.Unlock()
-		for id, a := range n.addrs {
-			if a == addr {
-				return &cable{Conn: c, n: n, way: [2]string{from, id}}, nil
-			}
-		}
-		return c, nil
-	}
-}
-
-// cable is a connection whose two ways can be cut apart.
-type cable struct {
-	net.Conn
-	n   *network
-	way [2]string
-}
-
-func (c *cable) isCut(way [2]string) bool {
-	c.n.mu.Lock()
-	defer c.n.mu.Unlock()
-	return c.n.cut[way]
-}
-
-func (c *cable) Write(b []byte) (int, error) {
-	if c.isCut(c.way) {
-		return len(b), nil // lost: the stream is broken from here on, so the connection must not be used when the cut is healed
-	}
-	return c.Conn.Write(b)
-}
-
-func (c *cable) Read(b []byte) (int, error) {
-	for {
-		n, err := c.Conn.Read(b)
-		if !c.isCut([2]string{c.way[1], c.way[0]}) || err != nil {
-			return n, err
-		}
-	}
-}
-
-// sever cuts or heals the way from one server to another. Healing ends the connections that have lost bytes.
-func (n *network) sever(from, to string, cut bool) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.cut[[2]string{from, to}] = cut
 }
 
 type machine struct {
@@ -299,7 +222,7 @@ func newCluster(t testing.TB, size int, slow bool) *cluster {
 // newClusterOf makes nodes as change says and starts them.
 func newClusterOf(t testing.TB, size int, change func(*node)) *cluster {
 	t.Helper()
-	c := &cluster{t: t, net: newNetwork()}
+	c := &cluster{t: t, net: newNetwork(t)}
 	for i := range size {
 		n := &node{t: t, net: c.net, id: fmt.Sprintf("%d.%08x", i+1, rand.Uint32()), dir: t.TempDir(), at: defaultTimes()}
 		change(n)
@@ -407,22 +330,6 @@ func (c *cluster) agree(want uint64) {
 				c.t.Errorf("entry %d at %s: %v, %d bytes, the leader has %d", i, n.id, err, len(p), len(body))
 			}
 		}
-	}
-}
-
-// links returns the connections that the node has made.
-func (n *node) links() []*link {
-	n.peers.mu.Lock()
-	defer n.peers.mu.Unlock()
-	return slices.Collect(maps.Values(n.peers.links))
-}
-
-// reset breaks a connection: the next call makes another.
-func (l *link) reset() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.conn != nil {
-		_ = l.conn.Close()
 	}
 }
 
