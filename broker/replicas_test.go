@@ -125,8 +125,8 @@ func TestMinInsyncAfterTheQuorumHasShrunk(t *testing.T) {
 		}
 	}
 	spec := raftmeta.TopicSpec{Name: "t", Partitions: 1, ReplicationFactor: 1, Configs: map[string]string{minInsyncReplicas: "2"}} // as it was made when there were three
-	if _, err := w.CreateTopic(t.Context(), spec); err != nil {
-		t.Fatal(err)
+	if made := w.CreateTopics(t.Context(), []raftmeta.TopicSpec{spec}); made[0].Err != nil {
+		t.Fatal(made[0].Err)
 	}
 	c := w.dial(t)
 	for acks, want := range map[int16]int16{-1: codeNotEnoughReplicas, 1: codeNone} {

@@ -261,6 +261,9 @@ func (h *Host) memberServers() forwardedResult {
 	return out
 }
 
+// refuseTime bounds how long a node that may be there is waited for.
+const refuseTime = time.Second
+
 // refuseNode says why a node may not register: another process of its number is there.
 func (h *Host) refuseNode(ctx context.Context, n state.Node) string {
 	old, ok := h.Cluster().Node(n.ID)
@@ -269,6 +272,8 @@ func (h *Host) refuseNode(ctx context.Context, n state.Node) string {
 	}
 	there := n.ID == h.cfg.NodeID
 	if !there {
+		ctx, cancel := context.WithTimeout(ctx, refuseTime) // one that is gone is never reached, and who asks does not wait for ever
+		defer cancel()
 		there = len(h.peers.Standings(ctx, 0, []string{string(serverOf(old))}, func(s []peer.Standing) bool { return len(s) > 0 })) > 0
 	}
 	if !there {
