@@ -61,8 +61,9 @@ image: build ## estran:local, FROM scratch
 compose-test: build localstack-bin ## docker compose with locally built images: up, produce, consume, restart, down
 	bash deploy/compose-test
 
-clients-test: build ## kcat, kafka-python, confluent-kafka and Apache Kafka's console tools against one voter; skips what is not installed
+clients-test: build ## kcat, kafka-python, confluent-kafka, Java, franz-go and sarama against one voter and against three; skips what is not installed
 	bash localstack/clients/run
+	bash localstack/clients/quorum
 
 clean:
 	rm -f estran
