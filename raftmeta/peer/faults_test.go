@@ -247,6 +247,7 @@ func (noLog) Base() (uint64, uint64)                           { return 0, 0 }
 func (noLog) LastIndex() (uint64, error)                       { return 0, nil }
 func (noLog) HoldAt(string, uint64, time.Time)                 {}
 func (noLog) Check(*raft.Log, uint32) error                    { return nil }
+func (noLog) Stalled() time.Duration                           { return 0 }
 
 // A frame that has begun and does not go on ends the connection; one that has not begun may be waited for.
 func TestHalfAFrame(t *testing.T) {
