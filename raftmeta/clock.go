@@ -30,7 +30,7 @@ type clock struct {
 	mu sync.Mutex
 	// last is the last trusted time, and mark this node's clock then, with its monotonic reading. Before the first, only the only voter has them: its own when it was opened.
 	last, mark, opened time.Time
-	ok         bool
+	ok                 bool
 }
 
 func newClock(now func() time.Time, store func() (time.Time, bool), others func() ([]time.Time, int), log *slog.Logger) *clock {
