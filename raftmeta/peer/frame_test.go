@@ -85,6 +85,7 @@ func wire(t testing.TB) map[string][]byte {
 	return map[string][]byte{
 		"append":             frames(a),
 		"append_answer":      answer(kindAppend, encodeAppendAnswer(&raft.AppendEntriesResponse{RPCHeader: h, Term: 7, LastLog: 6, Success: true}, time.UnixMilli(1234), -5), nil),
+		//lint:ignore SA1019 raft still fills it
 		"vote":               ask(kindVote, j(&raft.RequestVoteRequest{RPCHeader: h, Term: 7, Candidate: []byte("1.aa"), LastLogIndex: 6, LastLogTerm: 5, LeadershipTransfer: true}), nil),
 		"vote_answer":        answer(kindVote, ok(&raft.RequestVoteResponse{RPCHeader: h, Term: 7, Granted: true}), nil),
 		"prevote":            ask(kindPreVote, j(&raft.RequestPreVoteRequest{RPCHeader: h, Term: 7, LastLogIndex: 6, LastLogTerm: 5}), nil),

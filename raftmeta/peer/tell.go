@@ -14,7 +14,7 @@ func (t *Transport) Tell(servers []string, term, commit, commitTerm uint64) {
 			continue
 		}
 		c, err := t.prepare(s, &raft.AppendEntriesRequest{RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(self), Addr: []byte(self)}, Term: term,
-			Leader: []byte(self), PrevLogEntry: commit, PrevLogTerm: commitTerm, LeaderCommitIndex: commit})
+			PrevLogEntry: commit, PrevLogTerm: commitTerm, LeaderCommitIndex: commit})
 		if err != nil { // closed, or the log has another entry there now: the term is over
 			return
 		}
