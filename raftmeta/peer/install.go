@@ -48,7 +48,7 @@ func (t *Transport) InstallSnapshot(_ raft.ServerID, target raft.ServerAddress, 
 		if err != nil {
 			return err
 		}
-		answer, err := l.ask(&call{kind: kindInstall, group: t.g.ID, meta: meta, bulk: net.Buffers{buf[:n]}, size: n}, limit)
+		answer, err := l.askUntil(&call{kind: kindInstall, group: t.g.ID, meta: meta, bulk: net.Buffers{buf[:n]}, size: n}, limit, t.closed)
 		if err != nil {
 			return err
 		}

@@ -119,11 +119,21 @@ func (l *link) late(c *call, limit time.Duration) {
 
 // ask is submit that waits.
 func (l *link) ask(c *call, limit time.Duration) (answer []byte, err error) {
+	return l.askUntil(c, limit, nil)
+}
+
+// askUntil also ends when closed does, whatever was submitted before or after.
+func (l *link) askUntil(c *call, limit time.Duration, closed <-chan struct{}) (answer []byte, err error) {
 	done := make(chan struct{})
 	began := time.Now()
 	c.done = func(a []byte, e error) { answer, err = a, e; close(done) }
 	l.submit(c, limit)
-	<-done
+	select {
+	case <-done:
+	case <-closed:
+		l.finish(c, nil, ErrClosed)
+		<-done
+	}
 	l.p.observe(l.target, c.kind, began, err)
 	return answer, err
 }

@@ -205,7 +205,7 @@ func (t *Transport) AppendEntries(_ raft.ServerID, target raft.ServerAddress, a 
 	if isBeat(a) {
 		l, limit = t.p.link(string(target), classBeat), t.p.times.beat
 	}
-	b, err := l.ask(c, limit)
+	b, err := l.askUntil(c, limit, t.closed)
 	if err != nil {
 		return err
 	}
@@ -297,7 +297,7 @@ func (t *Transport) small(target raft.ServerAddress, k kind, req, resp any) erro
 	if err != nil {
 		return err
 	}
-	b, err := t.p.link(string(target), classBeat).ask(&call{kind: k, group: t.g.ID, meta: meta}, t.p.times.vote)
+	b, err := t.p.link(string(target), classBeat).askUntil(&call{kind: k, group: t.g.ID, meta: meta}, t.p.times.vote, t.closed)
 	if err != nil {
 		return err
 	}
