@@ -202,10 +202,11 @@ func (r *request) encodePartition(w *writer, t *state.Topic, p int32, shards map
 		shards[shard] = have
 	}
 	replicas, isr := replicasOf(have, t.ReplicationFactor, leader)
+	down := r.s.offline(replicas)
 	w.i32s(replicas)
-	w.i32s(isr)
+	w.i32s(slices.DeleteFunc(isr, func(id int32) bool { return slices.Contains(down, id) }))
 	if r.version >= 5 {
-		w.i32s(r.s.offline(replicas))
+		w.i32s(down)
 	}
 	w.tags()
 }

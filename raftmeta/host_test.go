@@ -40,11 +40,21 @@ func openHost(t testing.TB, dir string, change func(*Config)) *Host {
 
 func newTopic(t testing.TB, h *Host, name string, partitions int32) *state.Topic {
 	t.Helper()
-	topic, err := createTopic(t.Context(), h, TopicSpec{Name: name, Partitions: partitions, ReplicationFactor: 1, Parsed: state.PartitionConfig{RetentionMs: -1, RetentionBytes: -1}})
-	if err != nil {
-		t.Fatal(err)
+	for {
+		topic, err := createTopic(t.Context(), h, TopicSpec{Name: name, Partitions: partitions, ReplicationFactor: 1, Parsed: state.PartitionConfig{RetentionMs: -1, RetentionBytes: -1}})
+		if errors.Is(err, ErrTopicExists) { // made before an election
+			topic, ok := h.Cluster().Topic(name)
+			if ok {
+				return topic
+			}
+		}
+		if err == nil {
+			return topic
+		}
+		if !moved(err) || t.Context().Err() != nil {
+			t.Fatal(err)
+		}
 	}
-	return topic
 }
 
 func batchOf(t testing.TB, producer record.ProducerID, seq record.Sequence, values ...string) record.Batch {
