@@ -49,7 +49,10 @@ func TestManyTopicsAtOnce(t *testing.T) {
 					_, err = c.hosts[leader-1].Partition(tp)
 				}
 				if !ok || errors.Is(err, ErrNotLeader) { // an election in between
-					until(t, "a leader", func() bool { leader, ok := h.Leader(place.Shard); return ok && c.hosts[leader-1].shardByID(place.Shard).leads.Load() > 0 })
+					until(t, "a leader", func() bool {
+						leader, ok := h.Leader(place.Shard)
+						return ok && c.hosts[leader-1].shardByID(place.Shard).leads.Load() > 0
+					})
 				} else if err != nil {
 					t.Fatalf("%s-%d at its leader: %v", made.Topic.Name, p, err)
 				}
