@@ -3,6 +3,8 @@ package main
 import (
 	"fmt"
 	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -68,6 +70,33 @@ func TestArchitectureStaysShort(t *testing.T) {
 		}
 		if !strings.Contains(text, "| "+name) {
 			t.Errorf("docs/ARCHITECTURE.md has no row for %s", pkg)
+		}
+	}
+}
+
+// Every test that docs/INCIDENTS.md names is there.
+func TestIncidentsNameTests(t *testing.T) {
+	named := regexp.MustCompile("`([a-z]+)\\.(Test[A-Za-z0-9]+)`").FindAllStringSubmatch(doc(t, "docs/INCIDENTS.md"), -1)
+	if len(named) < 30 {
+		t.Fatalf("%d tests are named", len(named))
+	}
+	for _, m := range named {
+		found := false
+		for _, dir := range []string{m[1], "raftmeta/" + m[1]} {
+			files, err := filepath.Glob(filepath.Join("..", "..", filepath.FromSlash(dir), "*_test.go"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, f := range files {
+				b, err := os.ReadFile(f)
+				if err != nil {
+					t.Fatal(err)
+				}
+				found = found || strings.Contains(string(b), "func "+m[2]+"(t *testing.T)")
+			}
+		}
+		if !found {
+			t.Errorf("docs/INCIDENTS.md names %s.%s, which does not exist", m[1], m[2])
 		}
 	}
 }

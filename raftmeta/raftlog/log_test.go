@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -896,4 +897,71 @@ func TestFreedFilesAreKept(t *testing.T) {
 	if c, r := count("create"), count("rename"); c != creates || r < renames+2 {
 		t.Errorf("%d files made, %d used again", c-creates, r-renames)
 	}
+}
+
+// Incident 8: entries are read, by index and by name, while others are stored, replaced and freed: what is read is always the entry that was asked for, whole, or nothing.
+func TestReadersBesideTheWriter(t *testing.T) {
+	l := open(t, newMemFS(), nil)
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	var read atomic.Int64
+	for seed := range uint64(3) {
+		wg.Go(func() {
+			rng := rand.New(rand.NewPCG(seed, 8))
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				base, _ := l.Base()
+				last, _ := l.LastIndex()
+				if last == base {
+					continue
+				}
+				i := base + 1 + rng.Uint64N(last-base)
+				var got raft.Log
+				if err := l.GetLog(i, &got); errors.Is(err, raft.ErrLogNotFound) || got.Type == stubType {
+					continue
+				} else if err != nil {
+					t.Errorf("entry %d: %v", i, err)
+					return
+				}
+				want := command(i, got.Term, 20, int(i%7)*3000)
+				if got.Index != i || !bytes.Equal(got.Data, want.Data) {
+					t.Errorf("entry %d of term %d is another", i, got.Term)
+					return
+				}
+				p, err := l.Payload(i, got.Term)
+				if errors.Is(err, ErrGone) {
+					continue
+				}
+				if err != nil || !bytes.Equal(p, want.Extensions) {
+					t.Errorf("payload of entry %d of term %d: %v", i, got.Term, err)
+					return
+				}
+				read.Add(1)
+			}
+		})
+	}
+	rng := rand.New(rand.NewPCG(9, 9))
+	term := uint64(1)
+	for last := uint64(0); last < 800 || read.Load() < 100; {
+		if last > 10 && rng.IntN(50) == 0 { // a later leader replaces the tail
+			term++
+			base, _ := l.Base()
+			last = max(base, last-rng.Uint64N(8))
+			if err := l.DeleteRange(last+1, math.MaxUint64); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if rng.IntN(100) == 0 && last > 40 {
+			l.SetSnapshot(last - 20)
+			l.Permit(last - 20)
+		}
+		last++
+		store(t, l, command(last, term, 20, int(last%7)*3000))
+	}
+	close(stop)
+	wg.Wait()
 }

@@ -1,0 +1,199 @@
+package localstack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kgo"
+
+	"github.com/estran/estran/tiering/record"
+)
+
+// Incidents 17, 20: with nothing sealed, all are killed in the middle of a load on many partitions. Each acknowledged record lies in the logs of a majority, byte by byte, and after
+// a start each is read.
+func TestAcknowledgedIsOnAMajority(t *testing.T) {
+	const partitions = 64
+	nodes := startQuorum(t, 3, "ESTRAN_TIERING_SEAL_BYTES=256MiB", "ESTRAN_TIERING_SEAL_AGE=1h")
+	createReplicated(t, nodes[0], "t", partitions, 3)
+	l := newLedger()
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	wg.Go(func() { l.produce(t, nodes[0], "t", partitions, ctx, 1<<30) })
+	until(t, "acknowledgements in every partition", func() bool { return len(l.counts()) == partitions && l.count() > 5000 })
+	var at sync.WaitGroup
+	for _, n := range nodes {
+		at.Go(func() {
+			if err := n.Kill(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	at.Wait()
+	l.mu.Lock()
+	want := map[uint64]bool{}
+	for _, m := range l.acked {
+		for _, h := range m {
+			want[h] = true
+		}
+	}
+	l.mu.Unlock()
+	holders := map[uint64]int{}
+	for _, n := range nodes {
+		mine := map[uint64]bool{}
+		for _, dir := range groupLabels(t, n) {
+			if _, _, err := readLog(filepath.Join(n.dir, dir), func(p []byte) {
+				for len(p) > 0 {
+					b, rest, err := record.Next(p)
+					if err != nil || b.CheckCRC() != nil {
+						t.Fatalf("%s: a payload holds no batch: %v", dir, err)
+					}
+					if err := record.Each(b, 0, func(_ record.Offset, r *record.Record) bool {
+						mine[maphash.Bytes(hashSeed, r.Value)] = true
+						return true
+					}); err != nil {
+						t.Fatal(err)
+					}
+					p = rest
+				}
+			}); err != nil {
+				t.Fatalf("%s of %s: %v", dir, n.dir, err)
+			}
+		}
+		for h := range mine {
+			holders[h]++
+		}
+	}
+	lost := 0
+	for h := range want {
+		if holders[h] < 2 {
+			lost++
+		}
+	}
+	if lost > 0 {
+		t.Errorf("%d of %d acknowledged records are in fewer than two of three logs", lost, len(want))
+	}
+	startAll(t, nodes)
+	before := l.count()
+	until(t, "acknowledgements after the start", func() bool { return l.count() > before+100 })
+	cancel()
+	wg.Wait()
+	l.verify(t, nodes[1], "t")
+	sameLogs(t, nodes)
+}
+
+// Incidents 21, C1, C2: a topic is made and written to at once; at the first acknowledgement the leader that gave it is killed and its disk is wiped. The record is read from the
+// next leader. Each node is the victim once, the first replica among them.
+func TestLeaderIsWipedAtTheFirstAck(t *testing.T) {
+	nodes := startQuorum(t, 3)
+	victims := map[int]bool{}
+	for i := 0; len(victims) < 3 && i < 12; i++ {
+		name := fmt.Sprint("topic-", i)
+		createReplicated(t, nodes[i%3], name, 1, 3)
+		var probes []*probe
+		for _, n := range nodes {
+			probes = append(probes, probeOf(t, n, name))
+		}
+		lead, offset := 0, int64(0)
+		until(t, "an acknowledgement", func() bool {
+			lead = probes[i%3].leader(0)
+			if lead == 0 {
+				return false
+			}
+			var code int16
+			offset, code = probes[lead-1].produce(-1, "first", 10*time.Second)
+			return code == 0
+		})
+		victim := nodes[lead-1]
+		if err := errors.Join(victim.Kill(), os.RemoveAll(victim.dir)); err != nil {
+			t.Fatal(err)
+		}
+		victims[lead] = true
+		until(t, "the record to be read from the next leader", func() bool {
+			for k, p := range probes {
+				if k == lead-1 || p.leader(0) != k+1 {
+					continue
+				}
+				values, _, code := p.fetch(0, 0)
+				if code == 0 && (int64(len(values)) <= offset || values[offset] != "first") {
+					t.Fatalf("node %d leads and has %q: offset %d was acknowledged", k+1, values, offset)
+				}
+				return code == 0
+			}
+			return false
+		})
+		restart(t, victim)
+		for label := range groupLabels(t, victim) { // before it votes everywhere another one must not be lost
+			until(t, "the node to vote again in group "+label, func() bool {
+				voters := 0.0
+				for _, n := range nodes {
+					if metric(t, n, "estran_raft_state", fmt.Sprintf("{group=%q", label), `state="Leader"`) == 1 {
+						voters = groupMetric(t, n, "estran_raft_voters", label)
+					}
+				}
+				return voters == 3 && groupMetric(t, victim, "estran_raft_voters", label) == 3
+			})
+		}
+	}
+	t.Logf("victims: %v", victims)
+	sameLogs(t, nodes)
+}
+
+// Incident 24: offsets that were committed through one node are read through every other, also when the first is gone.
+func TestOffsetsAreEverywhere(t *testing.T) {
+	nodes := startQuorum(t, 3)
+	createReplicated(t, nodes[0], "t", 3, 3)
+	for p := range int32(3) {
+		cl := client(t, nodes[0], kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.RecordRetries(1<<30))
+		for range 10 {
+			if err := cl.ProduceSync(t.Context(), &kgo.Record{Topic: "t", Partition: p, Value: []byte("v")}).FirstErr(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	var offsets kadm.Offsets
+	for p := range int32(3) {
+		offsets.AddOffset("t", p, int64(3+p), -1)
+	}
+	until(t, "the commit", func() bool {
+		return kadm.NewClient(client(t, nodes[0])).CommitAllOffsets(t.Context(), "g", offsets) == nil
+	})
+	check := func(n *Node) {
+		t.Helper()
+		var got string
+		until(t, "the offsets to be answered", func() bool {
+			r, err := kadm.NewClient(client(t, n)).FetchOffsets(t.Context(), "g")
+			got = ""
+			for p := range int32(3) {
+				o, _ := r.Lookup("t", p)
+				got += fmt.Sprint(o.At, " ")
+			}
+			return err == nil && r.Error() == nil
+		})
+		if got = strings.TrimSpace(got); got != "3 4 5" {
+			t.Errorf("offsets %s", got)
+		}
+	}
+	for i, gone := range nodes {
+		for _, n := range nodes {
+			check(n)
+		}
+		if err := gone.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		check(nodes[(i+1)%3])
+		check(nodes[(i+2)%3])
+		restart(t, gone)
+	}
+	sameLogs(t, nodes)
+}
