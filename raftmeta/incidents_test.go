@@ -485,7 +485,7 @@ func rounds() int {
 	if n, err := strconv.Atoi(os.Getenv("ESTRAN_TEST_ROUNDS")); err == nil {
 		return n
 	}
-	return 25
+	return 12
 }
 
 // Nodes restart, are wiped and replaced, take snapshots at bad moments, give up their logs and their leadership, at random, while records are appended. In the end all have
