@@ -438,7 +438,7 @@ func TestRuleOneVotePerTerm(t *testing.T) {
 	g.feed(1, 0, 0, g.entries(1, 5, 1), 5)
 	vote := func(term, last uint64) bool {
 		var resp raft.RequestVoteResponse
-		if err := g.hand.RequestVote(selfID, selfID, &raft.RequestVoteRequest{RPCHeader: handHeader, Term: term, Candidate: []byte(handID), LastLogIndex: last, LastLogTerm: 1, LeadershipTransfer: true}, &resp); err != nil {
+		if err := g.hand.RequestVote(selfID, selfID, &raft.RequestVoteRequest{RPCHeader: handHeader, Term: term, LastLogIndex: last, LastLogTerm: 1, LeadershipTransfer: true}, &resp); err != nil {
 			t.Fatal(err)
 		}
 		return resp.Granted
