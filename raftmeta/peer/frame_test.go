@@ -83,10 +83,9 @@ func wire(t testing.TB) map[string][]byte {
 	install := &raft.InstallSnapshotRequest{RPCHeader: h, SnapshotVersion: 1, Term: 7, Leader: []byte("1.aa"), LastLogIndex: 40, LastLogTerm: 6, Configuration: []byte{1}, ConfigurationIndex: 2, Size: int64(len(state))}
 	_, a := request()
 	return map[string][]byte{
-		"append":        frames(a),
-		"append_answer": answer(kindAppend, encodeAppendAnswer(&raft.AppendEntriesResponse{RPCHeader: h, Term: 7, LastLog: 6, Success: true}, time.UnixMilli(1234), -5), nil),
-		//lint:ignore SA1019 raft still fills it
-		"vote":               ask(kindVote, j(&raft.RequestVoteRequest{RPCHeader: h, Term: 7, Candidate: []byte("1.aa"), LastLogIndex: 6, LastLogTerm: 5, LeadershipTransfer: true}), nil),
+		"append":             frames(a),
+		"append_answer":      answer(kindAppend, encodeAppendAnswer(&raft.AppendEntriesResponse{RPCHeader: h, Term: 7, LastLog: 6, Success: true}, time.UnixMilli(1234), -5), nil),
+		"vote":               ask(kindVote, j(&raft.RequestVoteRequest{RPCHeader: h, Term: 7, LastLogIndex: 6, LastLogTerm: 5, LeadershipTransfer: true}), nil),
 		"vote_answer":        answer(kindVote, ok(&raft.RequestVoteResponse{RPCHeader: h, Term: 7, Granted: true}), nil),
 		"prevote":            ask(kindPreVote, j(&raft.RequestPreVoteRequest{RPCHeader: h, Term: 7, LastLogIndex: 6, LastLogTerm: 5}), nil),
 		"prevote_answer":     answer(kindPreVote, ok(&raft.RequestPreVoteResponse{RPCHeader: h, Term: 7, Granted: true}), nil),
