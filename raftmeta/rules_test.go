@@ -354,6 +354,21 @@ func TestRuleInstallOverADivergentTail(t *testing.T) {
 	}
 }
 
+// A snapshot that ends with this log's own last entry, of another term, heals without a restart.
+func TestRuleInstallAtADivergentLastEntry(t *testing.T) {
+	t.Skip("the product does not open the instance again: raft goes on with the old entry's term in mind and rejects every append until the node is restarted")
+	g := newRig(t)
+	g.feed(1, 0, 0, g.entries(1, 10, 1), 2)
+	g.applied(2)
+	if resp, err := g.install(2, 10, 2); err != nil || !resp.Success {
+		t.Fatalf("%+v %v", resp, err)
+	}
+	until(t, "what comes behind the snapshot to be taken", func() bool {
+		resp, err := g.send(2, 10, 2, g.entries(11, 12, 2), 12)
+		return err == nil && resp.Success
+	})
+}
+
 // A request without entries commits nothing that it has not checked: what the leader has committed since is another entry than the one that lies here.
 func TestRuleCommitIsWhatWasChecked(t *testing.T) {
 	g := newRig(t)
