@@ -273,6 +273,12 @@ func (g *rig) applied(i uint64) {
 	until(g.t, fmt.Sprintf("entry %d to be applied", i), func() bool { return g.raft.Load().AppliedIndex() == i })
 }
 
+// high waits until the state has so many records: raft counts an entry as applied when it hands it over.
+func (g *rig) high(want record.Offset) {
+	g.t.Helper()
+	until(g.t, fmt.Sprintf("a high watermark of %d", want), func() bool { return g.fsm.high() == want })
+}
+
 // holds checks that the log ends at last and holds entry i of a term with its payload.
 func (g *rig) holds(i, term uint64) {
 	g.t.Helper()
@@ -297,9 +303,8 @@ func TestRuleStaleInstall(t *testing.T) {
 	if resp, err := g.install(1, 5, 1); err != nil || !resp.Success {
 		t.Errorf("%+v %v: it would be sent for ever", resp, err)
 	}
-	if i := g.raft.Load().AppliedIndex(); i != 10 || g.fsm.high() != 8 {
-		t.Errorf("applied went back to %d, high watermark %d", i, g.fsm.high())
-	}
+	g.applied(10)
+	g.high(8)
 	g.feed(1, 10, 1, g.entries(11, 12, 1), 12)
 	g.applied(12)
 	g.holds(7, 1)
@@ -347,9 +352,7 @@ func TestRuleInstallOverADivergentTail(t *testing.T) {
 			g.feed(2, s+2, 2, nil, s+2)
 			g.applied(s + 2)
 			g.holds(s+1, 2)
-			if g.fsm.high() != record.Offset(s) {
-				t.Errorf("high watermark %d", g.fsm.high())
-			}
+			g.high(record.Offset(s))
 		})
 	}
 }
@@ -394,9 +397,7 @@ func TestRuleEntriesBelowTheBase(t *testing.T) {
 	g.applied(11)
 	g.ends(11)
 	g.holds(11, 1)
-	if g.fsm.high() != 9 {
-		t.Errorf("high watermark %d", g.fsm.high())
-	}
+	g.high(9)
 }
 
 // An entry of a later term than the request's own was put together of two logs: it is refused, and so is a command whose proposing term is not the one that it would be stored under.
@@ -436,9 +437,7 @@ func TestRuleIdleSnapshot(t *testing.T) {
 	g.feed(1, 10, 1, g.entries(11, 12, 1), 12)
 	g.applied(12)
 	g.holds(3, 1)
-	if g.fsm.high() != 10 {
-		t.Errorf("high watermark %d", g.fsm.high())
-	}
+	g.high(10)
 	if err := g.snaps.Applied(12, math.MaxUint64); err != nil { // all is sealed
 		t.Fatal(err)
 	}
