@@ -221,6 +221,14 @@ func TestEveryDeadline(t *testing.T) {
 	install := func(p *Peers, size int) error {
 		return group(p).InstallSnapshot("", "1.aa", &raft.InstallSnapshotRequest{RPCHeader: h, Size: int64(size)}, new(raft.InstallSnapshotResponse), bytes.NewReader(make([]byte, size)))
 	}
+	held := &holding{}
+	p = at(func(x *times) { x.step = short })
+	g := p.Open(Group{ID: 1, Log: held, Installed: func(uint64, uint64) uint64 { return 0 }})
+	timedOut("the first piece of a snapshot", g.InstallSnapshot("", "1.aa", &raft.InstallSnapshotRequest{RPCHeader: h, Size: 3 * chunkMax}, new(raft.InstallSnapshotResponse), bytes.NewReader(make([]byte, 3*chunkMax))))
+	_ = g.Close()
+	if held.n > 0 {
+		t.Error("the log is kept for a peer that does not answer: for ever, since raft tries again")
+	}
 	timedOut("a piece of a snapshot", install(at(func(x *times) { x.step = short }), 2*chunkMax))
 	timedOut("a snapshot's last piece", install(at(func(x *times) { x.restore = short }), 10))
 	p = at(func(x *times) { x.dial = short })
@@ -236,6 +244,14 @@ func TestEveryDeadline(t *testing.T) {
 		t.Errorf("writing to a peer that does not read: %v", err)
 	}
 }
+
+// holding counts how often the log is to be kept.
+type holding struct {
+	noLog
+	n int
+}
+
+func (h *holding) HoldAt(string, uint64, time.Time) { h.n++ }
 
 // noLog is a log about which nothing needs to be known.
 type noLog struct{}

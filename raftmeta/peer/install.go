@@ -30,7 +30,6 @@ type piece struct {
 
 // InstallSnapshot implements raft.Transport.
 func (t *Transport) InstallSnapshot(_ raft.ServerID, target raft.ServerAddress, a *raft.InstallSnapshotRequest, resp *raft.InstallSnapshotResponse, data io.Reader) error {
-	t.g.Log.HoldAt(string(target), a.LastLogIndex, time.Now().Add(t.p.times.restore))
 	l := t.p.link(string(target), classBulk)
 	m := piece{ID: rand.Uint64(), Request: a, Installed: t.g.Installed(a.LastLogIndex, a.LastLogTerm)}
 	buf := make([]byte, chunkMax)
@@ -51,6 +50,9 @@ func (t *Transport) InstallSnapshot(_ raft.ServerID, target raft.ServerAddress, 
 		answer, err := l.askUntil(&call{kind: kindInstall, group: t.g.ID, meta: meta, bulk: net.Buffers{buf[:n]}, size: n}, limit, t.closed)
 		if err != nil {
 			return err
+		}
+		if m.At == 0 { // not before it has answered: raft goes on trying while it is away, and the log would never be freed
+			t.g.Log.HoldAt(string(target), a.LastLogIndex, time.Now().Add(t.p.times.restore))
 		}
 		if m.Last {
 			if err := json.Unmarshal(answer, resp); err != nil {
