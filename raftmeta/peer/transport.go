@@ -391,7 +391,8 @@ func (t *Transport) lift(a *raft.AppendEntriesRequest) {
 	if isBeat(a) {
 		return
 	}
-	if base, term := t.g.Log.Base(); a.PrevLogEntry < base {
+	base, term := t.g.Log.Base()
+	if a.PrevLogEntry < base {
 		for len(a.Entries) > 0 && a.Entries[0].Index <= base {
 			a.Entries = a.Entries[1:]
 		}
@@ -401,6 +402,11 @@ func (t *Transport) lift(a *raft.AppendEntriesRequest) {
 		a.PrevLogEntry, a.PrevLogTerm = base, term
 	}
 	a.LeaderCommitIndex = min(a.LeaderCommitIndex, a.PrevLogEntry+uint64(len(a.Entries)))
+	if a.PrevLogEntry == base && a.PrevLogTerm == term {
+		// What lies at the base is known here, and raft need not look. After an install at its own last index it would compare with the term of the entry that was there before,
+		// and refuse for ever.
+		a.PrevLogEntry, a.PrevLogTerm = 0, 0
+	}
 }
 
 // standingOf answers a term question; it is refused if there is no instance.
