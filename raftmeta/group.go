@@ -180,7 +180,7 @@ func (g *group) openRaft() error {
 	if err != nil {
 		return errors.Join(err, g.trans.Close())
 	}
-	g.raft, err = raft.NewRaft(cfg, &fsm{g}, g.log, g.stable, g.snaps.Store(), g.trans)
+	g.raft, err = raft.NewRaft(cfg, &fsm{g}, g.log, g.stable.ForRaft(), g.snaps.Store(), g.trans)
 	if err != nil {
 		return errors.Join(fmt.Errorf("raftmeta: opening group %d: %w", g.id, err), g.trans.Close())
 	}

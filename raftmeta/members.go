@@ -248,8 +248,11 @@ func (g *group) yield(ctx context.Context, order []int32) {
 	}
 }
 
-// lostEvery is how often a node that hears of no leader asks the others whether it still belongs to them.
-const lostEvery = 2 * time.Second
+// lostEvery is how often a node that hears of no leader asks the others whether it still belongs to them; askTime bounds each question, and what a close waits for.
+const (
+	lostEvery = 2 * time.Second
+	askTime   = 500 * time.Millisecond
+)
 
 // watchMembership ends the node when it has been removed: nobody speaks to it any more, so it must ask.
 func (h *Host) watchMembership() {
@@ -292,7 +295,9 @@ func (h *Host) gone(ctx context.Context) bool {
 		if string(s.ID) == h.identity.serverID() {
 			continue
 		}
-		b, err := h.peers.Forward(ctx, string(s.ID), 0, msg)
+		ask, cancel := context.WithTimeout(ctx, askTime)
+		b, err := h.peers.Forward(ask, string(s.ID), 0, msg)
+		cancel()
 		var r forwardedResult
 		if err != nil || json.Unmarshal(b, &r) != nil || r.Index < c.Version || len(r.Members) == 0 {
 			continue

@@ -349,8 +349,8 @@ func (n *node) run(ctx context.Context, s streams) error {
 	case err = <-n.fatal:
 		n.log.Error("stopping", "component", "node", "err", err)
 		err = diskFault(n.cfg, err)
-		if errors.Is(err, raftlog.ErrHung) {
-			// A thread in the disk cannot be waited for, and until it comes back the kernel keeps what the process has open.
+		if errors.Is(err, raftlog.ErrHung) || errors.Is(err, raftlog.ErrStable) {
+			// Nor can raft be, when it could not save a vote. A thread in the disk cannot be waited for, and until it comes back the kernel keeps what the process has open.
 			n.server.Abort()
 			os.Exit(printError(s.err, err))
 		}

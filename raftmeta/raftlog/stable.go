@@ -34,6 +34,25 @@ type Stable struct {
 
 var _ raft.StableStore = (*Stable)(nil)
 
+// ErrStable: a term or a vote could not be made durable. raft cannot go on, and can only end with the process.
+var ErrStable = errors.New("raftlog: stable store")
+
+// ForRaft is the store as raft should use it: raft panics on a failed write, so that one never returns from there. The owner has been told by `fatal` and ends the process.
+func (s *Stable) ForRaft() raft.StableStore { return forRaft{s} }
+
+type forRaft struct{ *Stable }
+
+func (s forRaft) Set(key, val []byte) error { return orNever(s.Stable.Set(key, val)) }
+
+func (s forRaft) SetUint64(key []byte, val uint64) error { return orNever(s.Stable.SetUint64(key, val)) }
+
+func orNever(err error) error {
+	if errors.Is(err, ErrStable) {
+		select {}
+	}
+	return err
+}
+
 // OpenStable opens or creates the store in dir. fatal is called once when a write fails: the node must stop.
 func OpenStable(fs FS, dir string, fatal func(error)) (*Stable, error) {
 	f, err := openAB(fs, dir, "stable")
@@ -67,7 +86,7 @@ func (s *Stable) save() error {
 	v = be.AppendUint64(v, s.voteTerm)
 	v = be.AppendUint32(v, uint32(len(s.voteCand)))
 	if err := s.file.set(append(v, s.voteCand...)); err != nil {
-		s.broken = fmt.Errorf("%w: stable store: %w", ErrPoisoned, err)
+		s.broken = fmt.Errorf("%w: %w: %w", ErrStable, ErrPoisoned, err)
 		if s.fatal != nil {
 			go s.fatal(s.broken)
 		}
