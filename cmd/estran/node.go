@@ -349,15 +349,42 @@ func (n *node) run(ctx context.Context, s streams) error {
 	case err = <-n.fatal:
 		n.log.Error("stopping", "component", "node", "err", err)
 		err = diskFault(n.cfg, err)
-		if errors.Is(err, raftlog.ErrHung) || errors.Is(err, raftlog.ErrStable) {
-			// Nor can raft be, when it could not save a vote. A thread in the disk cannot be waited for, and until it comes back the kernel keeps what the process has open.
-			n.server.Abort()
-			os.Exit(printError(s.err, err))
+		if cannotStop(err) {
+			n.exit(s, err)
 		}
 		_ = n.kafka.Close()
 	}
-	n.stop(context.Background())
-	return err
+	stopped := make(chan struct{})
+	go func() {
+		n.stop(context.Background())
+		close(stopped)
+	}()
+	for {
+		select {
+		case <-stopped:
+			return err
+		case later := <-n.fatal: // a disk that has failed fails again while the node stops
+			if cannotStop(later) {
+				if err == nil {
+					err = diskFault(n.cfg, later)
+				}
+				n.exit(s, err)
+			}
+		}
+	}
+}
+
+// cannotStop: a thread in the disk cannot be waited for, and until it comes back the kernel keeps what the process has open; nor can raft be, when it could not save a vote.
+func cannotStop(err error) bool {
+	return errors.Is(err, raftlog.ErrHung) || errors.Is(err, raftlog.ErrStable)
+}
+
+// exit ends the process without waiting for what cannot be stopped.
+func (n *node) exit(s streams, err error) {
+	if n.server != nil {
+		n.server.Abort()
+	}
+	os.Exit(printError(s.err, err))
 }
 
 // newLogger writes text on a terminal and JSON elsewhere, unless the configuration says which.
