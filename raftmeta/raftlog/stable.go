@@ -44,7 +44,9 @@ type forRaft struct{ *Stable }
 
 func (s forRaft) Set(key, val []byte) error { return orNever(s.Stable.Set(key, val)) }
 
-func (s forRaft) SetUint64(key []byte, val uint64) error { return orNever(s.Stable.SetUint64(key, val)) }
+func (s forRaft) SetUint64(key []byte, val uint64) error {
+	return orNever(s.Stable.SetUint64(key, val))
+}
 
 func orNever(err error) error {
 	if errors.Is(err, ErrStable) {
