@@ -332,16 +332,3 @@ func (c *cluster) agree(want uint64) {
 		}
 	}
 }
-
-// forget fails what waits for a connection.
-func (l *link) forget() {
-	l.mu.Lock()
-	var waiting []*call
-	for _, q := range l.queues {
-		waiting = append(waiting, q...)
-	}
-	l.mu.Unlock()
-	for _, c := range waiting {
-		l.finish(c, nil, errBroken)
-	}
-}

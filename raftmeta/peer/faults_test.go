@@ -307,3 +307,23 @@ func TestHalfAFrame(t *testing.T) {
 		_ = c.Close()
 	}
 }
+
+// Questions to a server whose place another has taken fail at once: it will not come back, and who asks whether it lives must not wait.
+func TestReplacedServerIsNotWaitedFor(t *testing.T) {
+	long := defaultTimes()
+	long.call, long.vote = time.Hour, time.Hour
+	_, addr := listening(t, secretConfig("1.new"), long)
+	cfg := secretConfig("2.bb")
+	cfg.Resolve = func(string) (string, bool) { return addr, true }
+	q, err := newPeers(cfg, long)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer q.Close()
+	if _, err := q.link("1.old", classBeat).ask(&call{kind: kindTerm}, time.Hour); !errors.Is(err, ErrGone) || !errors.Is(err, ErrRefused) {
+		t.Errorf("%v", err)
+	}
+	if got := q.Standings(t.Context(), 0, []string{"1.old"}, func(s []Standing) bool { return len(s) > 0 }); len(got) > 0 {
+		t.Errorf("%v", got)
+	}
+}

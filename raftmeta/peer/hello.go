@@ -47,6 +47,9 @@ func (s step) most() int {
 var (
 	// ErrRefused: the other side does not want this connection; the text says why.
 	ErrRefused = errors.New("peer: connection refused by the peer")
+	// ErrGone: another server is where the one that was asked for should be: its incarnation will not come back.
+	ErrGone      = fmt.Errorf("%w: another server is there", ErrRefused)
+	errNotTarget = errors.New("another incarnation")
 	// ErrStranger: the other side has not shown that it belongs to the cluster, or is not who was asked for.
 	ErrStranger = errors.New("peer: not the peer that was asked for")
 	// ErrVersion: the other side speaks a version that this program does not know, or sent flags of one.
@@ -87,6 +90,8 @@ type welcome struct {
 	Version  int               `json:"version,omitempty"`
 	Features map[string]Levels `json:"features,omitempty"`
 	Error    string            `json:"error,omitempty"`
+	// Gone: the error is that this is not the target.
+	Gone bool `json:"gone,omitempty"`
 }
 
 // talk is one handshake: the connection, the key that proofs are made with, and all that was said.
@@ -256,6 +261,9 @@ func (p *Peers) speak(c net.Conn, target string, cl class) (w welcome, err error
 		return w, fmt.Errorf("%w: %w", ErrFrame, err)
 	}
 	if s == stepRefusal {
+		if w.Gone {
+			return welcome{}, fmt.Errorf("%w: %s", ErrGone, w.Error)
+		}
 		return welcome{}, fmt.Errorf("%w: %s", ErrRefused, w.Error)
 	}
 	return w, p.accepts(c, &w)
@@ -340,7 +348,7 @@ func (p *Peers) judge(c net.Conn, d *hello) (version int, err error) {
 	case d.Class != classAsk && d.Cluster != own:
 		return 0, stranger("this node belongs to another cluster")
 	case d.Class != classAsk && d.Target != p.cfg.ServerID:
-		return 0, stranger("this is not " + d.Target)
+		return 0, fmt.Errorf("%w: this is not %s", errNotTarget, d.Target)
 	case d.Server == "" || d.Server == p.cfg.ServerID:
 		return 0, stranger("it calls itself " + d.Server)
 	}
@@ -358,7 +366,7 @@ func (p *Peers) welcome(t *talk, version int, why error) error {
 	cluster := p.cluster.Load()
 	s, w := stepWelcome, welcome{Cluster: cluster.id, Founders: cluster.founders, Server: p.cfg.ServerID, Clock: p.cfg.Now().UnixMilli(), Version: version, Features: p.cfg.Features}
 	if why != nil {
-		s, w = stepRefusal, welcome{Error: why.Error()}
+		s, w = stepRefusal, welcome{Error: why.Error(), Gone: errors.Is(why, errNotTarget)}
 	}
 	body, err := json.Marshal(w)
 	if err != nil {

@@ -189,6 +189,9 @@ func (l *link) run() {
 		c, err := l.dial()
 		if err != nil {
 			l.p.cfg.Logger.Debug("no connection to a peer", "peer", l.target, "class", l.class, "err", err)
+			if errors.Is(err, ErrGone) {
+				l.giveUp(err, func(k kind) bool { return k == kindTerm || k == kindForward })
+			}
 			if !l.p.pause(l.p.times.redial) { // calls wait for their time: raft backs off for seconds if they fail at once
 				return
 			}
@@ -200,6 +203,21 @@ func (l *link) run() {
 		_ = c.Close() // ends the reader
 		read.Wait()
 		l.broke(fmt.Errorf("%w: %w", errBroken, err))
+	}
+}
+
+// giveUp fails what waits, of some kinds. To a server that is gone these are questions, whose asker waits; raft's own calls wait as ever, since raft backs off from errors.
+func (l *link) giveUp(err error, which func(kind) bool) {
+	l.mu.Lock()
+	var waiting []*call
+	for _, q := range l.queues {
+		waiting = append(waiting, q...)
+	}
+	l.mu.Unlock()
+	for _, c := range waiting {
+		if which(c.kind) {
+			l.finish(c, nil, err)
+		}
 	}
 }
 
