@@ -37,9 +37,9 @@ func disk(t *testing.T, size int64) (dir string) {
 // A node's disk runs full, log and objects alike: records are refused with a retriable error and the node lives. When somebody makes room
 // it takes records again without anybody's doing, and nothing acknowledged is lost, a crash included.
 func TestNodeOnAFullDisk(t *testing.T) {
-	dir := disk(t, 96<<20)
+	dir := disk(t, 192<<20) // what is sealed lies there too, and must not fill it once there is room
 	ballast := filepath.Join(dir, "ballast")
-	if err := os.WriteFile(ballast, make([]byte, 32<<20), 0o600); err != nil {
+	if err := os.WriteFile(ballast, make([]byte, 128<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	n := startNode(t, filepath.Join(dir, "data"), []string{"ESTRAN_QUORUM_SHARDS=1", "ESTRAN_TIERING_SEAL_BYTES=1MiB", "ESTRAN_TIERING_SEAL_AGE=300ms"})
