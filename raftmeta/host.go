@@ -222,6 +222,15 @@ func (h *Host) await(ctx context.Context, what string, cond func() bool) error {
 	}
 }
 
+// HandOver gives up what this node leads, group by group at once, to whoever can take it; it waits for at most handOverTime. Clients that are served meanwhile are told who leads now.
+func (h *Host) HandOver() {
+	var wg sync.WaitGroup
+	for _, g := range h.groups() {
+		wg.Go(func() { g.handOver(handOverTime) })
+	}
+	wg.Wait()
+}
+
 // Close stops every group. What is not decided is answered with ErrStopped or ErrUnknownOutcome.
 func (h *Host) Close(context.Context) error {
 	select {
@@ -234,9 +243,7 @@ func (h *Host) Close(context.Context) error {
 	var errs []error
 	groups := h.groups()
 	slices.Reverse(groups) // meta last
-	for _, g := range groups {
-		g.handOver(handOverTime)
-	}
+	h.HandOver()
 	for _, g := range groups {
 		errs = append(errs, g.close())
 	}

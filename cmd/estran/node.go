@@ -304,10 +304,11 @@ func (n *node) ready() []admin.Check {
 	return checks
 }
 
-// drain lets clients finish: not ready any more, no new connections, what is in flight is answered.
+// drain lets clients finish: not ready any more, others lead, then no new connections; what is in flight is answered.
 func (n *node) drain(ctx context.Context) {
 	n.draining.Store(true)
 	n.log.Info("draining", "event", "drain.started", "component", "node")
+	n.host.HandOver() // while clients can still be told where to go
 	n.server.Drain(ctx)
 }
 
