@@ -9,9 +9,10 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"log"
 	"maps"
+	"net"
 	"net/http"
-	"net/http/httptest"
 	"slices"
 	"strconv"
 	"strings"
@@ -24,7 +25,8 @@ import (
 type Double struct {
 	Endpoint string
 
-	srv   *httptest.Server
+	srv   *http.Server
+	wg    sync.WaitGroup // the listener and every connection
 	mu    sync.Mutex
 	m     map[string]doubleObject
 	steps []*Step
@@ -74,19 +76,38 @@ type Step struct {
 	done int
 }
 
-// NewDouble starts a store that is empty.
+// NewDouble starts a store that is empty. It panics if loopback has no port left.
 func NewDouble() *Double {
 	d := &Double{m: map[string]doubleObject{}}
-	d.srv = httptest.NewServer(d)
-	d.Endpoint = d.srv.URL
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		panic(err)
+	}
+	d.Endpoint = "http://" + l.Addr().String()
+	d.srv = &http.Server{Handler: d, ReadHeaderTimeout: time.Minute, ErrorLog: log.New(io.Discard, "", 0), ConnState: func(_ net.Conn, s http.ConnState) {
+		switch s {
+		case http.StateNew: // Serve still runs, and is counted
+			d.wg.Add(1)
+		case http.StateClosed:
+			d.wg.Done()
+		}
+	}}
+	d.wg.Go(func() { _ = d.srv.Serve(l) })
 	return d
 }
 
 // Close stops it, whatever is under way.
 func (d *Double) Close() {
-	d.srv.CloseClientConnections()
-	d.srv.Close()
+	_ = d.srv.Close()
+	d.wg.Wait()
 }
+
+// nobody takes an answer that is lost.
+type nobody struct{ header http.Header }
+
+func (n nobody) Header() http.Header         { return n.header }
+func (n nobody) Write(b []byte) (int, error) { return len(b), nil }
+func (n nobody) WriteHeader(int)             {}
 
 // URL is the storage URL of a bucket in this store.
 func (d *Double) URL(bucket string) string { return (&Store{Endpoint: d.Endpoint}).URL(bucket) }
@@ -150,7 +171,7 @@ func (d *Double) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if s.Status != 0 || s.Reset {
 		if s.Effect {
-			d.serve(httptest.NewRecorder(), r, op, key, body, s)
+			d.serve(nobody{http.Header{}}, r, op, key, body, s)
 		}
 		if s.Reset {
 			panic(http.ErrAbortHandler)
