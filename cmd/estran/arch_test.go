@@ -69,6 +69,8 @@ var owners = map[string][]string{
 	"github.com/klauspost/compress":       {"tiering/record", "tiering", "raftmeta"},
 	"github.com/prometheus/client_golang": {"objstore", "tiering", "raftmeta", "raftmeta/raftlog", "raftmeta/peer", "broker", "broker/admin", "cmd/estran"},
 	"github.com/tidwall/btree":            {"raftmeta/state"},
+	"testing":                             {"objstore/objtest"}, // what tests are made of is not in the program
+	"net/http/httptest":                   {},
 }
 
 // pure packages have no clock, chance, environment or network: the same input always gives the same output.
@@ -126,6 +128,9 @@ func violations(pkg string, isTest bool, file *ast.File) (out []string) {
 	}
 	for _, spec := range file.Imports {
 		name, _ := strconv.Unquote(spec.Path.Value)
+		if !isTest && name == module+"/objstore/objtest" {
+			out = append(out, "objstore/objtest is for tests")
+		}
 		if ours, ok := strings.CutPrefix(name, module+"/"); ok {
 			if ours != pkg && !slices.Contains(allow, "*") && !slices.Contains(allow, ours) &&
 				!(isTest && slices.Contains(testsMay[pkg], ours)) {
@@ -172,6 +177,8 @@ func TestArchitectureFindsViolations(t *testing.T) {
 		{"goroutine in state", "raftmeta/state", `package state; func f() { go f() }`, "starts no goroutine"},
 		{"foreign SDK", "tiering", `package tiering; import _ "github.com/minio/minio-go/v7"`, "belongs to objstore/minio"},
 		{"AGPL library", "objstore/minio", `package minio; import _ "github.com/minio/madmin-go/v3"`, "must not import"},
+		{"a test's package in the program", "cmd/estran", `package main; import _ "` + module + `/objstore/objtest"`, "is for tests"},
+		{"tests in the program", "localstack", `package localstack; import _ "net/http/httptest"`, "must not import"},
 		{"unknown package", "util", `package util`, "not in the import table"},
 		{"raft-wal is not raft", "raftmeta", `package raftmeta; import _ "github.com/hashicorp/raft-wal"`, "must not import"},
 	} {
