@@ -1,4 +1,4 @@
-// Package localstack starts what Estran runs on and with, as processes of this machine, for tests and development: object stores and Estran itself. It knows Estran only
+// Package localstack starts what Estran runs on and with, as processes of this machine, for tests and `estran demo`: object stores and Estran itself. It knows Estran only
 // from outside.
 package localstack
 
@@ -237,15 +237,6 @@ func endProcess(cmd *exec.Cmd, done <-chan struct{}, sig syscall.Signal, limit t
 		<-done
 		return fmt.Errorf("localstack: %s did not end within %s", filepath.Base(cmd.Path), limit)
 	}
-}
-
-func freePort() (int, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, err
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port, nil
 }
 
 // selfSigned writes a certificate for 127.0.0.1.
