@@ -34,6 +34,8 @@ type Node struct {
 	dir     string
 	args    []string
 	env     []string
+	http    string               // to listen on
+	attr    *syscall.SysProcAttr // of the process; it may be nil
 	cmd     *exec.Cmd
 	done    chan struct{}
 	err     error
@@ -54,7 +56,7 @@ func Build(ctx context.Context, dir, out string, flags ...string) (string, error
 
 // NewNode describes a voter with its data in dir. args are added to `estran serve`, env to the environment.
 func NewNode(program, dir string, env []string, args ...string) *Node {
-	return &Node{program: program, dir: dir, env: env, Kafka: "127.0.0.1:0", Peer: "127.0.0.1:0", args: args}
+	return &Node{program: program, dir: dir, env: env, Kafka: "127.0.0.1:0", Peer: "127.0.0.1:0", http: "127.0.0.1:0", args: args}
 }
 
 // ready is the log line that says a node serves.
@@ -64,17 +66,17 @@ type ready struct {
 
 // Start starts the process and returns when it serves. A later Start uses the same Kafka port.
 func (n *Node) Start(ctx context.Context) error {
-	args := append([]string{"serve", "--data-dir", n.dir, "--kafka-listen", n.Kafka, "--http-listen", "127.0.0.1:0", "--peer-listen", n.Peer}, n.args...)
-	n.cmd = exec.Command(n.program, args...)
-	n.cmd.Env = append(os.Environ(), n.env...)
-	pipe, err := n.cmd.StderrPipe()
+	args := append([]string{"serve", "--data-dir", n.dir, "--kafka-listen", n.Kafka, "--http-listen", n.http, "--peer-listen", n.Peer}, n.args...)
+	cmd := exec.Command(n.program, args...)
+	cmd.Env, cmd.SysProcAttr = append(os.Environ(), n.env...), n.attr
+	pipe, err := cmd.StderrPipe()
 	if err != nil {
 		return err
 	}
-	if err := n.cmd.Start(); err != nil {
+	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("localstack: starting estran: %w", err)
 	}
-	n.PID, n.done = n.cmd.Process.Pid, make(chan struct{})
+	n.cmd, n.PID, n.done = cmd, cmd.Process.Pid, make(chan struct{})
 	up := make(chan ready, 1)
 	go n.follow(pipe, up, n.done)
 	select {
@@ -140,6 +142,9 @@ func (n *Node) end(sig syscall.Signal) error {
 	}
 	return endProcess(n.cmd, n.done, sig, 60*time.Second)
 }
+
+// Done is closed when the process that the last Start started has ended.
+func (n *Node) Done() <-chan struct{} { return n.done }
 
 // Alive reports whether the process runs.
 func (n *Node) Alive() bool {

@@ -1,0 +1,110 @@
+package localstack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+)
+
+// Cluster is voters that run as processes of this machine; all that they write is below one directory, the objects too. The processes end with this one (on Linux even if it is
+// killed), and keep their addresses when they are started again.
+type Cluster struct {
+	Nodes   []*Node // the voters 1, 2, …; known after Start
+	Objects string  // directory of the store that they share
+
+	program, dir string
+	size         int
+	env          []string
+	ports        func(int) ([]int, error)
+	logs         []*os.File
+}
+
+// NewCluster describes voters with everything below dir; none is started. env is added to the environment of each.
+func NewCluster(program, dir string, size int, env ...string) *Cluster {
+	return &Cluster{Objects: filepath.Join(dir, "objects"), program: program, dir: dir, size: size, env: env, ports: freePorts}
+}
+
+// portAttempts is how often a cluster begins anew because another program took a port that was free.
+const portAttempts = 5
+
+// Start starts all voters at once and returns when all serve; on an error none is left.
+func (c *Cluster) Start(ctx context.Context) error {
+	for attempt := 1; ; attempt++ {
+		err := c.begin(ctx)
+		if err == nil {
+			return nil
+		}
+		if err = errors.Join(err, c.Close()); attempt == portAttempts || !strings.Contains(err.Error(), "E_LISTEN_IN_USE") {
+			return err
+		}
+	}
+}
+
+func (c *Cluster) begin(ctx context.Context) error {
+	ports, err := c.ports(3 * c.size)
+	if err != nil {
+		return err
+	}
+	if err := c.describe(ports); err != nil {
+		return err
+	}
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	var wg sync.WaitGroup
+	for i, n := range c.Nodes {
+		wg.Go(func() {
+			if err := n.Start(ctx); err != nil {
+				fail(fmt.Errorf("voter %d: %w", i+1, err)) // the others wait for it in vain
+			}
+		})
+	}
+	wg.Wait()
+	return context.Cause(ctx)
+}
+
+// describe makes nodes that are not started, with directories that are empty: what an attempt before has left knows other addresses.
+func (c *Cluster) describe(ports []int) error {
+	c.Nodes = nil
+	address := func(i int) string { return fmt.Sprintf("127.0.0.1:%d", ports[i]) }
+	var voters []string
+	for i := range c.size {
+		voters = append(voters, fmt.Sprintf("%d@%s", i+1, address(3*i)))
+	}
+	if err := errors.Join(os.RemoveAll(c.Objects), os.MkdirAll(c.Objects, 0o755)); err != nil {
+		return fmt.Errorf("localstack: %w", err)
+	}
+	for i := range c.size {
+		dir := filepath.Join(c.dir, fmt.Sprintf("voter-%d", i+1))
+		if err := os.RemoveAll(dir); err != nil {
+			return fmt.Errorf("localstack: %w", err)
+		}
+		log, err := os.OpenFile(dir+".log", os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+		if err != nil {
+			return fmt.Errorf("localstack: %w", err)
+		}
+		c.logs = append(c.logs, log)
+		n := NewNode(c.program, dir, append([]string{"ESTRAN_STORAGE_URL=file://" + filepath.ToSlash(c.Objects), "ESTRAN_QUORUM_VOTERS=" + strings.Join(voters, ","),
+			fmt.Sprint("ESTRAN_NODE_ID=", i+1)}, c.env...))
+		n.Peer, n.Kafka, n.http, n.attr = address(3*i), address(3*i+1), address(3*i+2), leash()
+		n.Log = func(line string) { fmt.Fprintln(log, line) } // a log that cannot be written is no reason to end
+		c.Nodes = append(c.Nodes, n)
+	}
+	return nil
+}
+
+// Close kills what runs and waits for it.
+func (c *Cluster) Close() error {
+	var errs []error
+	for _, n := range c.Nodes {
+		errs = append(errs, n.Kill())
+	}
+	for _, f := range c.logs {
+		errs = append(errs, f.Close())
+	}
+	c.logs = nil
+	return errors.Join(errs...)
+}
