@@ -1,5 +1,5 @@
-// Command estran is the whole product in one program: a voter (serve), a one-node cluster without configuration (dev) and the
-// tools that work on them. This package holds flags, environment and wiring; the logic is in the packages that it joins.
+// Command estran is the whole product in one program: a voter (serve), a one-node cluster without configuration (dev), a
+// cluster under load (demo) and the tools that work on them. This package holds flags, environment and wiring; the logic is in the packages that it joins.
 package main
 
 import (
@@ -61,7 +61,7 @@ func newRoot(s streams) *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return &fault{Code: "E_USAGE", What: err.Error(), Fix: cmd.CommandPath() + " --help", Exit: exitUsage, Err: err}
 	})
-	root.AddCommand(devCommand(s), serveCommand(s), topicCommand(s), segmentCommand(s), configCommand(s), recoverCommand(s),
+	root.AddCommand(devCommand(s), demoCommand(s), serveCommand(s), topicCommand(s), segmentCommand(s), configCommand(s), recoverCommand(s),
 		clusterCommand(s), doctorCommand(s), versionCommand(s))
 	return root
 }
