@@ -34,6 +34,32 @@ func TestReadmeListsTheAPIs(t *testing.T) {
 	}
 }
 
+// Every command of ours in the README exists, with its flags.
+func TestReadmeCommands(t *testing.T) {
+	seen := map[string]bool{}
+	for _, block := range regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(doc(t, "README.md"), -1) {
+		text := strings.ReplaceAll(block[1], "\\\n", " ")
+		text = regexp.MustCompile(`"[^"]*"|'[^']*'`).ReplaceAllString(text, "x")
+		text = regexp.MustCompile(`(?m)\s#.*$`).ReplaceAllString(text, "")
+		for _, m := range regexp.MustCompile(`(?m)\./(?:cmd/)?estran ([^|;&<>\n]+)`).FindAllStringSubmatch(text, -1) {
+			c, rest, err := newRoot(streams{}).Find(strings.Fields(m[1]))
+			if err == nil {
+				err = c.ParseFlags(rest)
+			}
+			if err != nil || !c.HasParent() || c.HasSubCommands() {
+				t.Errorf("README.md: estran %s: %v", m[1], err)
+				continue
+			}
+			seen[c.Name()] = true
+		}
+	}
+	for _, name := range []string{"dev", "demo", "serve", "create", "drain"} {
+		if !seen[name] {
+			t.Errorf("README.md has no command %s, or it was not found", name)
+		}
+	}
+}
+
 // docs/CONFIGURATION.md lists exactly the keys that exist, with their variables.
 func TestConfigurationIsDocumented(t *testing.T) {
 	text := doc(t, "docs/CONFIGURATION.md")
