@@ -50,8 +50,6 @@ func (h *Host) Down(node int32) bool {
 
 // watchNodes asks the other members whether they are there, each by itself, until the node stops.
 func (h *Host) watchNodes() {
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	watched := map[int32]bool{}
@@ -59,11 +57,10 @@ func (h *Host) watchNodes() {
 		for _, id := range h.Cluster().Members() {
 			if id != h.cfg.NodeID && !watched[id] {
 				watched[id] = true
-				wg.Go(func() { h.watchNode(ctx, id) })
+				wg.Go(func() { h.watchNode(h.ctx, id) })
 			}
 		}
-		if sleep(ctx, h.stop, aliveEvery) != nil {
-			cancel()
+		if sleep(h.ctx, h.stop, aliveEvery) != nil {
 			return
 		}
 	}

@@ -41,6 +41,8 @@ type Host struct {
 	opened  chan struct{} // closed when every group is there
 	removed chan struct{} // closed when the others say that this node is no member any more
 	stop    chan struct{}
+	ctx     context.Context // ends with stop
+	cancel  context.CancelFunc
 	wg      sync.WaitGroup
 }
 
@@ -60,6 +62,7 @@ func Open(ctx context.Context, cfg Config) (*Host, error) {
 	if r := h.identity.Recovering; r != 0 {
 		return nil, errors.Join(fmt.Errorf("%w: of epoch %d", ErrRecovering, r), h.lock.Close())
 	}
+	h.ctx, h.cancel = context.WithCancel(context.Background())
 	h.shards.Store(new([]*group))
 	h.recorded = h.identity.Groups
 	h.seen.Store(&h.identity.Peers)
@@ -238,6 +241,7 @@ func (h *Host) Close(context.Context) error {
 		return nil
 	default:
 		close(h.stop)
+		h.cancel()
 	}
 	h.wg.Wait()
 	var errs []error

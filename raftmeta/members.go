@@ -256,26 +256,15 @@ const (
 
 // watchMembership ends the node when it has been removed: nobody speaks to it any more, so it must ask.
 func (h *Host) watchMembership() {
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	stop := make(chan struct{})
-	defer close(stop)
-	go func() {
-		select {
-		case <-h.stop:
-			cancel()
-		case <-stop:
-		}
-	}()
 	t := time.NewTicker(lostEvery)
 	defer t.Stop()
 	for {
 		select {
 		case <-t.C:
-		case <-ctx.Done():
+		case <-h.stop:
 			return
 		}
-		if !slices.ContainsFunc(h.groups(), func(g *group) bool { return g.leaderServer() != "" || len(g.servers()) == 0 }) && h.gone(ctx) {
+		if !slices.ContainsFunc(h.groups(), func(g *group) bool { return g.leaderServer() != "" || len(g.servers()) == 0 }) && h.gone(h.ctx) {
 			h.cfg.Logger.Warn("this node was removed from the cluster", "event", "node.removed", "component", "raft")
 			close(h.removed)
 			h.cfg.OnFatal(ErrRemoved)

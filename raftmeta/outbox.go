@@ -21,14 +21,10 @@ const (
 
 // carry takes meta's effects to a shard while this node leads it, and trims what it has applied, until the host closes. Neither waits for another shard, nor a push for a trim.
 func (h *Host) carry(g *group) {
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
 	var wg sync.WaitGroup
-	defer wg.Wait()
-	wg.Go(func() { h.whenPoked("pushing effects", g, func() error { return h.push(ctx, g) }) })
-	wg.Go(func() { h.whenPoked("trimming effects", g, func() error { return h.trim(ctx, g) }) })
-	<-h.stop
-	cancel()
+	wg.Go(func() { h.whenPoked("pushing effects", g, func() error { return h.push(h.ctx, g) }) })
+	wg.Go(func() { h.whenPoked("trimming effects", g, func() error { return h.trim(h.ctx, g) }) })
+	wg.Wait()
 }
 
 // whenPoked does something for a shard that this node leads, whenever something was applied.

@@ -33,9 +33,8 @@ type Recovery struct {
 	Backup string
 	// Voters are asked whether they are there, as are the nodes that meta knows.
 	Voters []Voter
-	// Fence makes it known outside, before anything is changed, that the cluster goes on in a new epoch, above `above`; it returns that epoch. resumed is the epoch of an attempt of
-	// this server that did not end, or 0.
-	Fence func(ctx context.Context, clusterID, server string, above, resumed uint64) (epoch uint64, err error)
+	// Fence makes it known outside, before anything is changed, that the cluster goes on in a new epoch, above `above`; it returns that epoch, the same one to the same server.
+	Fence func(ctx context.Context, clusterID, server string, above uint64) (epoch uint64, err error)
 	// Progress is told what is done.
 	Progress func(string)
 }
@@ -107,7 +106,7 @@ func Recover(ctx context.Context, r Recovery) (out []Recovered, err error) {
 		}
 		return int(a.Partition - b.Partition)
 	})
-	epoch, err := r.Fence(ctx, id.ClusterID, id.serverID(), max(id.Epoch, c.RecoveryEpoch()), id.Recovering)
+	epoch, err := r.Fence(ctx, id.ClusterID, id.serverID(), max(id.Epoch, c.RecoveryEpoch()))
 	if err != nil {
 		return nil, err
 	}

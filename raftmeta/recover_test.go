@@ -46,11 +46,11 @@ func TestRecover(t *testing.T) {
 	server := c.hosts[2].identity.serverID()
 	epochs := []uint64{}
 	rec := Recovery{DataDir: c.dirs[2], NodeID: 3, Voters: c.voters, Progress: func(string) {},
-		Fence: func(_ context.Context, cluster, s string, above, resumed uint64) (uint64, error) {
+		Fence: func(_ context.Context, cluster, s string, above uint64) (uint64, error) {
 			if s != server {
 				t.Errorf("fence for %s", s)
 			}
-			e := max(above+1, resumed)
+			e := above + 1
 			epochs = append(epochs, e)
 			return e, nil
 		}}
@@ -65,7 +65,7 @@ func TestRecover(t *testing.T) {
 	}
 	c.stop(0)
 	c.stop(1)
-	rec.Fence = func(context.Context, string, string, uint64, uint64) (uint64, error) {
+	rec.Fence = func(context.Context, string, string, uint64) (uint64, error) {
 		return 0, errors.New("no store")
 	}
 	if _, err := Recover(t.Context(), rec); err == nil || len(epochs) > 0 {
@@ -74,8 +74,8 @@ func TestRecover(t *testing.T) {
 	if id, _, err := readIdentity(rec.Backup, 3, false); err != nil || id.serverID() != server {
 		t.Errorf("the backup is of %v: %v", id, err)
 	}
-	rec.Fence = func(_ context.Context, cluster, s string, above, resumed uint64) (uint64, error) {
-		e := max(above+1, resumed)
+	rec.Fence = func(_ context.Context, cluster, s string, above uint64) (uint64, error) {
+		e := above + 1
 		epochs = append(epochs, e)
 		return e, nil
 	}

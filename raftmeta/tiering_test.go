@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -360,4 +361,43 @@ func TestRehoming(t *testing.T) {
 	if got, _ := n.readThrough(t, stp, 0); fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Error("rehoming changed the records")
 	}
+}
+
+// Without leave nothing is deleted, however long its grace is over: another history of the cluster may need it. With leave it is.
+func TestNothingIsDeletedWithoutLeave(t *testing.T) {
+	bucket := mem.New()
+	var asked atomic.Int64
+	var leave atomic.Bool
+	n := openNode(t, t.TempDir(), bucket, func(_ *Config, c *tiering.Config) {
+		c.MayDelete = func(context.Context) error {
+			if asked.Add(1); !leave.Load() {
+				return errors.New("fenced")
+			}
+			return nil
+		}
+	})
+	topic := newTopic(t, n.Host, "t", 1)
+	tp := record.TopicPartition{Topic: topic.ID}
+	n.produce(t, tp, 0, 500)
+	until(t, "sealing", sealed(n))
+	cfg := topic.Config
+	cfg.RetentionMs = 1 // records are of 1970
+	if err := n.AlterConfigs(t.Context(), topic.ID, nil, nil, cfg); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "retention", func() bool { i, _ := n.Partition(tp); return i.LogStart == i.HighWatermark })
+	until(t, "it to be asked again and again", func() bool { return asked.Load() > 5 })
+	deleted := func() (k int) {
+		for _, op := range n.fault.Trace() {
+			if strings.HasPrefix(op, "delete") {
+				k++
+			}
+		}
+		return k
+	}
+	if k := deleted(); k > 0 {
+		t.Errorf("%d deletions without leave", k)
+	}
+	leave.Store(true)
+	until(t, "deletion with leave", func() bool { return deleted() > 0 })
 }

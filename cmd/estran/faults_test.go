@@ -58,3 +58,27 @@ func TestJoinedNodeNeedsTheClustersStore(t *testing.T) {
 		}
 	}
 }
+
+// A recovery takes the next free epoch, and the same one when it is repeated; whoever is of an earlier epoch is fenced, whoever is of the last is not.
+func TestFence(t *testing.T) {
+	b := mem.New()
+	take := func(server string, above, want uint64) {
+		t.Helper()
+		if e, err := writeFence(t.Context(), b, "c", server, above); err != nil || e != want {
+			t.Errorf("%s above %d: epoch %d, %v, want %d", server, above, e, err, want)
+		}
+	}
+	if err := checkFence(t.Context(), b, 0); err != nil {
+		t.Errorf("before any recovery: %v", err)
+	}
+	take("1.a", 0, 1)
+	take("1.a", 0, 1) // it died and is repeated
+	take("2.b", 0, 2) // another survivor of the same
+	take("2.b", 0, 2)
+	take("2.b", 2, 3)
+	for epoch, fenced := range []bool{true, true, true, false} {
+		if err := checkFence(t.Context(), b, uint64(epoch)); errors.Is(err, errFenced) != fenced {
+			t.Errorf("epoch %d: %v", epoch, err)
+		}
+	}
+}

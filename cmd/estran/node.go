@@ -45,15 +45,17 @@ type node struct {
 	webL     net.Listener
 	fatal    chan error
 	draining atomic.Bool
-	wired    chan struct{} // closed when tier and server are there: leading begins
-	ended    chan struct{} // closed when the node ends
+	wired    chan struct{}   // closed when tier and server are there: leading begins
+	life     context.Context // ends when the node does
+	end      context.CancelFunc
 	wg       sync.WaitGroup
 	started  time.Time
 }
 
 // startNode builds and starts a voter. On an error everything that was started is stopped again.
 func startNode(ctx context.Context, cfg *config, log *slog.Logger) (_ *node, err error) {
-	n := &node{cfg: cfg, log: log, fatal: make(chan error, 8), wired: make(chan struct{}), ended: make(chan struct{}), started: time.Now()}
+	n := &node{cfg: cfg, log: log, fatal: make(chan error, 8), wired: make(chan struct{}), started: time.Now()}
+	n.life, n.end = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
 			n.stop(context.Background())
@@ -314,7 +316,7 @@ func (n *node) drain(ctx context.Context) {
 
 // stop ends what was started, last first: clients before the log, the log before the store.
 func (n *node) stop(ctx context.Context) {
-	close(n.ended)
+	n.end()
 	if n.server != nil {
 		_ = n.server.Close()
 	} else if n.kafka != nil {

@@ -53,23 +53,16 @@ func readMark(ctx context.Context, b objstore.Bucket, epoch uint64) (m recoveryM
 	return m, json.Unmarshal(data, &m)
 }
 
-// writeFence takes the first epoch above `above` that is free; one that an earlier attempt of the same server took is used again.
-func writeFence(ctx context.Context, b objstore.Bucket, cluster, server string, above, resumed uint64) (uint64, error) {
+// writeFence takes the first epoch above `above` that is free, or that an earlier attempt of this very server took: what another survivor took it never shares.
+func writeFence(ctx context.Context, b objstore.Bucket, cluster, server string, above uint64) (uint64, error) {
 	for epoch := above + 1; ; epoch++ {
 		data, err := json.Marshal(recoveryMark{cluster, epoch, server})
 		if err != nil {
 			return 0, err
 		}
-		_, err = b.Put(ctx, recoveryKey(epoch), objstore.Bytes(data), objstore.PutOptions{IfAbsent: true, WriterID: strings.ToLower(cluster)})
-		if err == nil {
-			return epoch, nil
-		}
-		m, readErr := readMark(ctx, b, epoch)
-		if readErr != nil {
-			return 0, err
-		}
-		if m.Server == server && (resumed == 0 || resumed == epoch) {
-			return epoch, nil
+		_, err = b.Put(ctx, recoveryKey(epoch), objstore.Bytes(data), objstore.PutOptions{IfAbsent: true, WriterID: strings.ToLower(server)})
+		if !errors.Is(err, objstore.ErrPrecondition) {
+			return epoch, err
 		}
 	}
 }
@@ -84,17 +77,15 @@ const fenceEvery = 30 * time.Second
 
 // watchFence stops the node when the cluster was recovered from another's log.
 func (n *node) watchFence() {
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
 	t := time.NewTicker(fenceEvery)
 	defer t.Stop()
 	for {
 		select {
 		case <-t.C:
-		case <-n.ended:
+		case <-n.life.Done():
 			return
 		}
-		c, stop := context.WithTimeout(ctx, fenceEvery)
+		c, stop := context.WithTimeout(n.life, fenceEvery)
 		err := checkFence(c, n.bucket, n.host.RecoveryEpoch())
 		stop()
 		if errors.Is(err, errFenced) {
@@ -151,8 +142,8 @@ func runRecover(ctx context.Context, s streams, cfg *config, backup string) erro
 	defer b.Close()
 	parts, err := raftmeta.Recover(ctx, raftmeta.Recovery{DataDir: cfg.Node.DataDir, NodeID: cfg.Node.ID, Backup: backup, Voters: voters,
 		Progress: func(what string) { fmt.Fprintln(s.err, what) },
-		Fence: func(ctx context.Context, cluster, server string, above, resumed uint64) (uint64, error) {
-			epoch, err := writeFence(ctx, objstore.Prefixed(b, clusterPrefix(cluster)), cluster, server, above, resumed)
+		Fence: func(ctx context.Context, cluster, server string, above uint64) (uint64, error) {
+			epoch, err := writeFence(ctx, objstore.Prefixed(b, clusterPrefix(cluster)), cluster, server, above)
 			if err != nil {
 				return 0, storeFault(cfg, err)
 			}
