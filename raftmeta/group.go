@@ -77,7 +77,6 @@ type group struct {
 
 	snapMu    sync.Mutex // a local snapshot and an install never overlap
 	snapBytes atomic.Int64
-	snapAt    atomic.Int64 // Log.written position, as bytes above the base, at the last snapshot
 
 	watch  watchers
 	recent recentIndex

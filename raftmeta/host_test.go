@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -327,6 +328,27 @@ func TestBudget(t *testing.T) {
 		if r := appendSync(t, h, AppendBatch{tp, batchOf(t, 3, s, "v")})[0]; r.Err != nil || r.Base != record.Offset(s) {
 			t.Errorf("after the budget is free again: %+v", r)
 		}
+	}
+}
+
+// What must be kept of the log is bounded by the distance of two snapshots, however often it was freed before. (Leaders take one with each round of sealing too: nothing seals here.)
+func TestLogKeptBetweenSnapshots(t *testing.T) {
+	const every = 16 << 20 // a quarter of the budget
+	h := openHost(t, t.TempDir(), func(c *Config) { c.Shards, c.HotMaxBytes = 1, 4*every })
+	g := h.shardList()[0]
+	tp := record.TopicPartition{Topic: newTopic(t, h, "t", 1).ID}
+	value := strings.Repeat("v", 1<<20)
+	for round := range 4 {
+		for range (every + every/4) >> 20 {
+			if r := appendSync(t, h, AppendBatch{tp, batchOf(t, -1, -1, value)})[0]; r.Err != nil {
+				t.Fatal(r.Err)
+			}
+		}
+		until(t, fmt.Sprintf("snapshot %d, of records that are all hot", round), func() bool { return g.log.SinceSnapshot() < every })
+		if _, err := h.DeleteRecords(t.Context(), tp, -1); err != nil { // they are hot no more
+			t.Fatal(err)
+		}
+		until(t, fmt.Sprintf("freeing in round %d", round), func() bool { _, unfree := g.log.Bytes(); return unfree < every })
 	}
 }
 

@@ -31,7 +31,7 @@ func (g *group) snapshotLoop() {
 		_, unfree := g.log.Bytes()
 		c := &g.host.cfg
 		every := max(min(snapshotBytes, c.HotMaxBytes/int64(4*g.share)), snapshotFactor*g.snapBytes.Load())
-		since := unfree - g.snapAt.Load()
+		since := g.log.SinceSnapshot()
 		if since < every && (unfree < c.HotMaxBytes/2 || since < c.HotMaxBytes/64) && (time.Since(last) < snapshotEvery || since < 1<<16) {
 			continue
 		}
@@ -59,10 +59,5 @@ func (g *group) snapshot() error {
 	oldest := g.machine.oldestHot()
 	g.mu.RUnlock()
 	// An idle group applies nothing more that could mark it installable.
-	if err := g.snaps.Applied(g.applied.Load(), oldest); err != nil {
-		return err
-	}
-	_, unfree := g.log.Bytes()
-	g.snapAt.Store(unfree)
-	return nil
+	return g.snaps.Applied(g.applied.Load(), oldest)
 }

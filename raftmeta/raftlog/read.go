@@ -180,6 +180,13 @@ func (l *Log) Bytes() (all, unfree int64) {
 	return l.bytesAboveLocked(l.base), l.bytesAboveLocked(max(l.base, l.permit))
 }
 
+// SinceSnapshot is how many bytes were written above the newest complete local snapshot: what a restart replays.
+func (l *Log) SinceSnapshot() int64 {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	return l.bytesAboveLocked(max(l.base, l.snapIdx))
+}
+
 // bytesAboveLocked is how many bytes were written from entry index+1 on.
 func (l *Log) bytesAboveLocked(index uint64) int64 {
 	if index >= l.lastLocked() {
