@@ -244,11 +244,15 @@ func (p *filler) make(gen uint64, size int64, old *logFile) (*logFile, error) {
 	return &logFile{gen: gen, name: name, f: f, size: size}, nil
 }
 
+// zeroFill leaves the disk's queue to those who wait for it: no more than a chunk or two of zeros are in it at a time.
 func (p *filler) zeroFill(f File, size int64) error {
 	chunk := make([]byte, min(fillChunk, size))
 	for off := int64(0); off < size; off += int64(len(chunk)) {
 		p.busy.start() // a chunk that never ends is a hang, many chunks are not
 		if _, err := f.WriteAt(chunk[:min(int64(len(chunk)), size-off)], off); err != nil {
+			return err
+		}
+		if err := f.Pace(off); err != nil {
 			return err
 		}
 	}

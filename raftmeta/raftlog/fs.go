@@ -28,6 +28,9 @@ type File interface {
 	io.Closer
 	// WriteVec writes the buffers one behind the other from off on, whole or with an error.
 	WriteVec(bufs [][]byte, off int64) error
+	// Pace waits until the disk has taken what was written below off and starts the writing of the rest, so that little of it is in the disk's queue at a time. It makes nothing
+	// durable and may do nothing.
+	Pace(off int64) error
 	// Sync makes the file's data durable (fdatasync where there is one).
 	Sync() error
 	Size() (int64, error)

@@ -1,6 +1,7 @@
 package raftlog
 
 import (
+	"errors"
 	"fmt"
 	"io"
 
@@ -53,6 +54,32 @@ func consume(bufs [][]byte, n int) [][]byte {
 		bufs = rest
 	}
 	return bufs
+}
+
+// Pace implements File with sync_file_range.
+func (f *osFile) Pace(off int64) error {
+	conn, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var serr error
+	err = conn.Control(func(fd uintptr) {
+		if off > 0 {
+			serr = unix.SyncFileRange(int(fd), 0, off, unix.SYNC_FILE_RANGE_WAIT_BEFORE)
+		}
+		if serr == nil {
+			serr = unix.SyncFileRange(int(fd), off, 0, unix.SYNC_FILE_RANGE_WRITE)
+		}
+	})
+	switch {
+	case err != nil:
+		return err
+	case errors.Is(serr, unix.ENOSYS), errors.Is(serr, unix.EINVAL), errors.Is(serr, unix.ESPIPE): // not on this file system
+		return nil
+	case serr != nil:
+		return fmt.Errorf("sync_file_range %s at %d: %w", f.Name(), off, serr)
+	}
+	return nil
 }
 
 // Sync implements File with fdatasync: the files are written in advance, so no metadata changes.
