@@ -17,6 +17,7 @@ import (
 
 	"github.com/estran/estran/raftmeta/peer"
 	"github.com/estran/estran/raftmeta/state"
+	"github.com/estran/estran/tiering/record"
 	"github.com/hashicorp/raft"
 )
 
@@ -109,7 +110,8 @@ func (h *Host) openPeers() error {
 	var err error
 	h.peers, err = peer.New(peer.Config{ServerID: h.identity.serverID(), ClusterID: h.identity.cluster(), Founders: h.identity.Founders, Secret: h.cfg.Secret, TLS: h.cfg.TLS,
 		Features: map[string]peer.Levels{"entry": {state.EntryLevel, state.EntryLevel}, "snapshot": {state.SnapshotLevel, state.SnapshotLevel}},
-		Listener: h.cfg.PeerListener, Resolve: h.resolve, OnForward: h.onForward, StageDir: stage, Logger: h.cfg.Logger, Registerer: h.cfg.Registerer, Now: h.cfg.Now, Free: h.room})
+		Listener: h.cfg.PeerListener, Resolve: h.resolve, OnForward: h.onForward, StageDir: stage, Logger: h.cfg.Logger, Registerer: h.cfg.Registerer, Now: h.cfg.Now, Free: h.room,
+		GetBuffer: record.GetBuffer, PutBuffer: record.PutBuffer})
 	return err
 }
 

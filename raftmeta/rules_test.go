@@ -96,6 +96,7 @@ func (*handLog) Base() (uint64, uint64)           { return 0, 0 }
 func (*handLog) LastIndex() (uint64, error)       { return 0, nil }
 func (*handLog) HoldAt(string, uint64, time.Time) {}
 func (*handLog) Check(*raft.Log, uint32) error    { return nil }
+func (*handLog) Lend([]*raft.Log) func()          { return func() {} }
 func (*handLog) Stalled() time.Duration           { return 0 }
 
 // rig is the instance under test and the hand that plays its peers.

@@ -263,6 +263,7 @@ func (noLog) Base() (uint64, uint64)                           { return 0, 0 }
 func (noLog) LastIndex() (uint64, error)                       { return 0, nil }
 func (noLog) HoldAt(string, uint64, time.Time)                 {}
 func (noLog) Check(*raft.Log, uint32) error                    { return nil }
+func (noLog) Lend([]*raft.Log) func()                          { return func() {} }
 func (noLog) Stalled() time.Duration                           { return 0 }
 
 // A frame that has begun and does not go on ends the connection; one that has not begun may be waited for.
@@ -325,5 +326,27 @@ func TestReplacedServerIsNotWaitedFor(t *testing.T) {
 	}
 	if got := q.Standings(t.Context(), 0, []string{"1.old"}, func(s []Standing) bool { return len(s) > 0 }); len(got) > 0 {
 		t.Errorf("%v", got)
+	}
+}
+
+// A question to a link that has closed ends once, also if the one who asks is closing too.
+func TestAskWhenAllIsClosed(t *testing.T) {
+	_, addr := listening(t, secretConfig("1.aa"), defaultTimes())
+	cfg := secretConfig("2.bb")
+	cfg.Resolve = func(string) (string, bool) { return addr, true }
+	p, err := newPeers(cfg, defaultTimes())
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := p.link("1.aa", classBeat)
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	closed := make(chan struct{})
+	close(closed)
+	for range 100 { // select chooses
+		if _, err := l.askUntil(&call{kind: kindAppend, group: 1}, time.Hour, closed); !errors.Is(err, ErrClosed) {
+			t.Fatal(err)
+		}
 	}
 }

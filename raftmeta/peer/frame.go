@@ -115,6 +115,8 @@ func decodeHeader(b []byte) (h header, err error) {
 type message struct {
 	header
 	body []byte
+	lent bool // body is from Config.GetBuffer
+	idle bool // nothing refers to body any more
 }
 
 func (m *message) metaPart() []byte { return m.body[:m.meta] }
@@ -123,6 +125,7 @@ func (m *message) bulk() []byte     { return m.body[m.meta:] }
 // assembler puts messages together; one frame of a group belongs to the message that the frame before it began.
 type assembler struct {
 	r    *bufio.Reader
+	get  func(int) []byte    // memory for requests that carry entries
 	late func(time.Duration) // sets how long a read may take from now on, 0 = for ever
 	body time.Duration
 	open map[uint32]*message // by group
@@ -135,6 +138,7 @@ type assembler struct {
 // newAssembler reads from a connection; what is left of a frame that has begun must come within `body`.
 func newAssembler(c net.Conn, buffer int, body time.Duration) *assembler {
 	a := &assembler{r: bufio.NewReaderSize(c, buffer), body: body, open: map[uint32]*message{}, got: map[uint32]uint32{}}
+	a.get = func(n int) []byte { return make([]byte, n) }
 	a.late = func(d time.Duration) {
 		at := time.Time{}
 		if d > 0 {
@@ -157,7 +161,11 @@ func (a *assembler) fill(b []byte) error {
 	return err
 }
 
-const heldMax = 4 * messageMax
+const (
+	heldMax = 4 * messageMax
+	// lentLeast is the shortest request whose memory is used again.
+	lentLeast = 16 << 10
+)
 
 // next returns the next message that is whole.
 func (a *assembler) next() (*message, error) {
@@ -177,7 +185,12 @@ func (a *assembler) next() (*message, error) {
 			if a.held += int(h.total); a.held > heldMax {
 				return nil, fmt.Errorf("%w: %d bytes of messages that are not whole", ErrFrame, a.held)
 			}
-			m = &message{header: h, body: make([]byte, h.total)}
+			m = &message{header: h}
+			if m.lent = h.kind == kindAppend && h.flags&flagAnswer == 0 && h.total >= lentLeast; m.lent {
+				m.body = a.get(int(h.total))
+			} else {
+				m.body = make([]byte, h.total)
+			}
 			a.open[h.group], a.got[h.group] = m, 0
 		}
 		at := a.got[h.group]

@@ -92,6 +92,7 @@ func newLink(p *Peers, target string, cl class) *link {
 func (l *link) submit(c *call, limit time.Duration) {
 	l.mu.Lock()
 	if l.closed {
+		c.over = true
 		l.mu.Unlock()
 		c.done(nil, ErrClosed)
 		return

@@ -23,6 +23,11 @@ func TestReplicationAndCatchUp(t *testing.T) {
 	away.start(c.first)
 	c.write(80, 90, size)
 	c.agree(90)
+	for _, n := range c.nodes {
+		if n != away && !n.leads() && n.back.Load() == 0 {
+			t.Errorf("%s gave back the memory of no request", n.id)
+		}
+	}
 }
 
 // Many proposals at once go through the pipeline and keep what each was.

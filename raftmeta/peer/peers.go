@@ -44,6 +44,9 @@ type Config struct {
 	Now        func() time.Time
 	// Free is how many bytes of hot log this node may still take; below 0 it is beyond its budget. nil = no bound.
 	Free func() int64
+	// GetBuffer lends memory, of any content, for requests that carry entries, PutBuffer takes it back. nil = the garbage collector's.
+	GetBuffer func(n int) []byte
+	PutBuffer func([]byte)
 }
 
 // Peers are the other nodes, for all groups of this one.
@@ -124,6 +127,9 @@ func newPeers(cfg Config, t times) (*Peers, error) {
 	}
 	if cfg.Free == nil {
 		cfg.Free = func() int64 { return math.MaxInt64 }
+	}
+	if cfg.GetBuffer == nil || cfg.PutBuffer == nil {
+		cfg.GetBuffer, cfg.PutBuffer = func(n int) []byte { return make([]byte, n) }, func([]byte) {}
 	}
 	if cfg.Dial == nil {
 		cfg.Dial = func(ctx context.Context, addr string) (net.Conn, error) {

@@ -97,6 +97,7 @@ func (x *inbound) run() (err error) {
 	}
 	x.p.wg.Go(x.write)
 	a := newAssembler(x.c, readBuffer, x.p.times.body)
+	a.get = x.p.cfg.GetBuffer
 	for {
 		m, err := a.next()
 		if err != nil {
@@ -183,6 +184,10 @@ func (x *inbound) work(group uint32, q *inQueue) {
 		err := errors.New("the group is closed")
 		if g := x.p.group(group); g != nil {
 			answer, err = g.handle(x, m)
+			if m.lent && m.idle {
+				x.p.cfg.PutBuffer(m.body)
+				m.body = nil
+			}
 		}
 		select {
 		case <-x.done:

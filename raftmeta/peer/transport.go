@@ -41,6 +41,8 @@ type Log interface {
 	HoldAt(peer string, index uint64, until time.Time)
 	// Check refuses an entry that must not be stored.
 	Check(e *raft.Log, payloadCRC uint32) error
+	// Lend says that the entries' bytes are this package's again once back was called: until then the log must not keep any of them.
+	Lend(entries []*raft.Log) (back func())
 	// Stalled is how long the write in flight has been in the disk; 0 if there is none.
 	Stalled() time.Duration
 }
@@ -371,8 +373,10 @@ func (t *Transport) handleAppend(x *inbound, m *message) ([]byte, error) {
 	}
 	beat := isBeat(a) // before it may be lifted
 	t.lift(a)
+	back := t.g.Log.Lend(a.Entries)
 	resp, err := t.hand(x, a, nil)
-	if err != nil {
+	back()
+	if m.idle = err == nil; err != nil { // raft may be at it still
 		return nil, err
 	}
 	r, ok := resp.(*raft.AppendEntriesResponse)

@@ -84,7 +84,8 @@ type Log struct {
 	files    map[uint32]*logFile
 	order    []*logFile // with entries, oldest first
 	tail     tail
-	written  int64 // all bytes ever written, as positions: files' starts count from here
+	lent     map[*raft.Log]struct{} // entries whose bytes must not be kept
+	written  int64                  // all bytes ever written, as positions: files' starts count from here
 	permit   uint64
 	snapIdx  uint64 // newest complete local snapshot of any kind
 	holds    map[string]hold
@@ -287,7 +288,8 @@ func (l *Log) added(es []*raft.Log, size int64) {
 	recs := l.recs[len(l.recs)-len(es):]
 	for i, e := range es {
 		l.ents = append(l.ents, ent{uint32(l.cur.gen), recs[i].pos, e.Term})
-		l.tail.push(e, l.cfg.TailBytes)
+		_, lent := l.lent[e]
+		l.tail.push(e, lent, l.cfg.TailBytes)
 	}
 	l.cur.last = max(l.cur.last, es[len(es)-1].Index)
 	l.pos += size
@@ -401,6 +403,11 @@ func (l *Log) GetLog(index uint64, out *raft.Log) error {
 		return raft.ErrLogNotFound
 	}
 	term := l.ents[index-l.base-1].term
+	if e, ok := l.tail.get(index); ok && e.onDisk {
+		*out = *e.Log
+		l.mu.RUnlock()
+		return nil
+	}
 	l.mu.RUnlock()
 	e, err := l.Entry(index, term)
 	if errors.Is(err, ErrGone) {

@@ -972,3 +972,38 @@ func TestReadersBesideTheWriter(t *testing.T) {
 	close(stop)
 	wg.Wait()
 }
+
+// What is lent may be overwritten as soon as it was given back: the log holds a copy of the Data, and the payload on disk.
+func TestLentEntries(t *testing.T) {
+	l := open(t, newMemFS(), nil)
+	defer l.Close()
+	store(t, l, command(1, 1, 5, 100))
+	lent := []*raft.Log{command(2, 1, 5, 20_000), {Index: 3, Term: 1, Type: raft.LogConfiguration, Data: []byte("members")}, command(4, 1, 5, 0)}
+	back := l.Lend(lent)
+	if err := l.StoreLogs(lent); err != nil {
+		t.Fatal(err)
+	}
+	back()
+	want := []*raft.Log{command(1, 1, 5, 100), command(2, 1, 5, 20_000), {Index: 3, Term: 1, Type: raft.LogConfiguration, Data: []byte("members")}, command(4, 1, 5, 0)}
+	for _, e := range lent {
+		clear(e.Data)
+		clear(e.Extensions)
+	}
+	for _, e := range want {
+		same(t, l, e)
+	}
+	if e, err := l.Entry(2, 1); err != nil || e.InMemory() {
+		t.Errorf("a lent payload is kept in memory: %v", err)
+	} else {
+		e.Release()
+	}
+	kept := command(5, 1, 5, 20_000) // the same structures, lent no more
+	l.Lend([]*raft.Log{kept})()
+	store(t, l, kept)
+	if e, err := l.Entry(5, 1); err != nil || !e.InMemory() {
+		t.Errorf("what was not lent is not in memory: %v", err)
+	}
+	if len(l.lent) != 0 {
+		t.Errorf("%d entries are lent for ever", len(l.lent))
+	}
+}

@@ -1,50 +1,83 @@
 package raftlog
 
 import (
+	"bytes"
 	"fmt"
 	"time"
 
 	"github.com/hashicorp/raft"
 )
 
-// tail holds the newest entries in memory. The bytes are those that raft was given: immutable, owned by the garbage collector.
+// tail holds the newest entries in memory. The bytes are those that raft was given: immutable, owned by the garbage collector. Of lent commands it holds the Data, copied.
 type tail struct {
-	ents  []*raft.Log // consecutive; the last is the log's last
+	ents  []tailEnt // consecutive; the last is the log's last
 	bytes int64
 }
 
-func (t *tail) push(e *raft.Log, limit int64) {
+type tailEnt struct {
+	*raft.Log
+	onDisk bool  // the payload is not here
+	size   int64 // what the entry keeps from the garbage collector, its own structures included; a payload that is not here counts as if it were
+}
+
+func (t *tail) push(e *raft.Log, lent bool, limit int64) {
 	if n := len(t.ents); n > 0 && t.ents[n-1].Index+1 != e.Index {
 		*t = tail{}
 	}
-	c := &raft.Log{Index: e.Index, Term: e.Term, Type: e.Type, Data: e.Data, Extensions: e.Extensions, AppendedAt: e.AppendedAt}
+	c := tailEnt{Log: &raft.Log{Index: e.Index, Term: e.Term, Type: e.Type, Data: e.Data, Extensions: e.Extensions, AppendedAt: e.AppendedAt}}
+	c.size = int64(cap(e.Data)+cap(e.Extensions)) + 160
+	if lent {
+		c.Data = bytes.Clone(e.Data)
+		if c.onDisk = e.Type == raft.LogCommand && len(e.Extensions) > 0; c.onDisk {
+			c.Extensions = nil
+		} else {
+			c.Extensions = bytes.Clone(e.Extensions)
+		}
+	}
 	t.ents = append(t.ents, c)
-	t.bytes += entBytes(c)
+	t.bytes += c.size
 	drop := 0
 	for t.bytes > limit && drop < len(t.ents)-1 {
-		t.bytes -= entBytes(t.ents[drop])
-		t.ents[drop] = nil
+		t.bytes -= t.ents[drop].size
+		t.ents[drop] = tailEnt{}
 		drop++
 	}
 	t.ents = t.ents[drop:]
 }
 
-// entBytes counts what an entry keeps from the garbage collector, its own structures included.
-func entBytes(e *raft.Log) int64 { return int64(cap(e.Data)+cap(e.Extensions)) + 160 }
-
 func (t *tail) cut(min uint64) {
 	for n := len(t.ents); n > 0 && t.ents[n-1].Index >= min; n-- {
-		t.bytes -= entBytes(t.ents[n-1])
-		t.ents[n-1] = nil
+		t.bytes -= t.ents[n-1].size
+		t.ents[n-1] = tailEnt{}
 		t.ents = t.ents[:n-1]
 	}
 }
 
-func (t *tail) get(index uint64) *raft.Log {
+func (t *tail) get(index uint64) (e tailEnt, ok bool) {
 	if len(t.ents) == 0 || index < t.ents[0].Index || index > t.ents[len(t.ents)-1].Index {
-		return nil
+		return tailEnt{}, false
 	}
-	return t.ents[index-t.ents[0].Index]
+	return t.ents[index-t.ents[0].Index], true
+}
+
+// Lend says that the bytes of these entries are the caller's, who will use them for something else: StoreLogs, given the same structures before back is called, keeps nothing of
+// them. It is for entries from a peer, whose payload is read once more only when this node comes to lead.
+func (l *Log) Lend(es []*raft.Log) (back func()) {
+	if len(es) == 0 {
+		return func() {}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, e := range es {
+		l.lent[e] = struct{}{}
+	}
+	return func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		for _, e := range es {
+			delete(l.lent, e)
+		}
+	}
 }
 
 // Entry is an entry that is open for reading. Release must be called once.
@@ -80,7 +113,7 @@ func (l *Log) Entry(index, term uint64) (Entry, error) {
 		l.mu.RUnlock()
 		return Entry{}, fmt.Errorf("%w: entry %d has term %d, not %d", ErrGone, index, at.term, term)
 	}
-	if e := l.tail.get(index); e != nil {
+	if e, ok := l.tail.get(index); ok && !e.onDisk {
 		l.mu.RUnlock()
 		return Entry{Type: e.Type, AppendedAt: e.AppendedAt, Data: e.Data, Payload: e.Extensions, PayloadLen: len(e.Extensions)}, nil
 	}

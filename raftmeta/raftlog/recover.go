@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/hashicorp/raft"
 )
 
 // Open opens or creates the log in cfg.Dir and recovers it as FORMAT.md says. It returns ErrCorrupt if durable entries are damaged and
@@ -30,7 +32,7 @@ func Open(cfg Config) (*Log, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	l := &Log{cfg: cfg, fs: cfg.FS, log: cfg.Logger, files: map[uint32]*logFile{}, holds: map[string]hold{}, stop: make(chan struct{}), kick: make(chan struct{}, 1)}
+	l := &Log{cfg: cfg, fs: cfg.FS, log: cfg.Logger, files: map[uint32]*logFile{}, holds: map[string]hold{}, lent: map[*raft.Log]struct{}{}, stop: make(chan struct{}), kick: make(chan struct{}, 1)}
 	l.fill.init(l)
 	if err := l.recover(); err != nil {
 		for _, f := range l.files {

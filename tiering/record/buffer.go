@@ -7,7 +7,7 @@ import (
 
 const (
 	smallestBuffer = 12 // 2^12 bytes
-	largestBuffer  = 22
+	largestBuffer  = 23
 )
 
 // Buffers are pooled by size class, each twice the one before it.
@@ -15,7 +15,7 @@ var buffers [largestBuffer - smallestBuffer + 1]sync.Pool
 
 func bufferClass(n int) int { return max(bits.Len(uint(max(n, 1)-1)), smallestBuffer) - smallestBuffer }
 
-// GetBuffer returns n bytes of any content, with a capacity of up to twice that. More than 4 MiB are not pooled.
+// GetBuffer returns n bytes of any content, with a capacity of up to twice that. More than 8 MiB are not pooled.
 func GetBuffer(n int) []byte {
 	k := bufferClass(n)
 	if k >= len(buffers) {
