@@ -70,7 +70,8 @@ type Voter struct {
 }
 
 const (
-	raftTimeout    = 300 * time.Millisecond
+	// raftTimeout is the election timeout and a leader's lease (peer's contactTime). A follower answers nothing while it writes: it lies above the stalls of a busy disk.
+	raftTimeout    = 500 * time.Millisecond
 	commitTimeout  = 50 * time.Millisecond
 	proposeTimeout = 30 * time.Second
 	// entryTarget is how large an entry grows while the one before it is being committed; entryBacklog if batches wait. EntryMax bounds a batch.

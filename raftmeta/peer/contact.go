@@ -8,7 +8,7 @@ import (
 
 const (
 	// contactTime is a leader's lease: whoever has not answered an append of the group for longer is not in contact.
-	contactTime = 300 * time.Millisecond
+	contactTime = 500 * time.Millisecond
 	// toldTime is how long what a leader said of its contacts counts.
 	toldTime = time.Second
 )
@@ -20,6 +20,23 @@ type contacts struct {
 	leader  string               // who told
 	servers []string             // whom it named
 	at      time.Time
+
+	speaker string // whose append came last
+	spokeAt time.Time
+}
+
+// spoke notes that a server has sent an append, whatever raft makes of it.
+func (c *contacts) spoke(server string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.speaker, c.spokeAt = server, time.Now()
+}
+
+// silent reports whether the leader has sent nothing for d.
+func (c *contacts) silent(leader string, d time.Duration) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.speaker != leader || time.Since(c.spokeAt) > d
 }
 
 // heard notes that a server has answered.

@@ -40,13 +40,15 @@ type times struct {
 	call, beat, vote time.Duration
 	// hold is how long an append that tells a peer nothing new may wait for one that does.
 	hold time.Duration
+	// silent is how long a leader may say nothing before it is not protected any more: several heartbeats, and less than any timer that makes a follower stand for election.
+	silent time.Duration
 	// step bounds a piece of a snapshot, restore the last one, in which raft restores it.
 	step, restore time.Duration
 }
 
 func defaultTimes() times {
 	return times{dial: 2 * time.Second, hello: 3 * time.Second, redial: 50 * time.Millisecond, write: 10 * time.Second, body: 10 * time.Second,
-		call: 10 * time.Second, beat: 2 * time.Second, vote: 2 * time.Second, hold: 50 * time.Millisecond, step: 10 * time.Second, restore: 2 * time.Minute}
+		call: 10 * time.Second, beat: 2 * time.Second, vote: 2 * time.Second, hold: 50 * time.Millisecond, silent: 300 * time.Millisecond, step: 10 * time.Second, restore: 2 * time.Minute}
 }
 
 // call is a request that is on its way. done is called once, on whatever goroutine; it must not block.

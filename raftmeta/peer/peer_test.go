@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/raft"
 )
@@ -230,5 +231,48 @@ func TestCloseUnderLoad(t *testing.T) {
 			n.stop()
 		}
 		wg.Wait()
+	}
+}
+
+// A leader of which nothing was heard for a while is not protected from who stands for election; one that speaks is, and so is a leader's own word.
+func TestSilentLeaderIsNotProtected(t *testing.T) {
+	c := newClusterOf(t, 3, func(n *node) {
+		n.slow, n.quiet = true, true
+		if n.at.silent = time.Hour; n.id[0] == '3' {
+			n.at.silent = 0
+		}
+	})
+	lead, protects, forsakes := c.nodes[0], c.nodes[1], c.nodes[2]
+	lead.trans.ElectNow()
+	c.write(0, 1, func(uint64) int { return 0 })
+	c.agree(1)
+	last, err := lead.log.LastIndex()
+	if err != nil {
+		t.Fatal(err)
+	}
+	term := lead.raft.Load().CurrentTerm()
+	from := func(n *node) raft.RPCHeader {
+		return raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(n.id), Addr: []byte(n.id)}
+	}
+	ask := func(candidate, voter *node, term uint64) (pre, vote bool) {
+		t.Helper()
+		var p raft.RequestPreVoteResponse
+		if err := candidate.trans.RequestPreVote("", raft.ServerAddress(voter.id), &raft.RequestPreVoteRequest{RPCHeader: from(candidate), Term: term, LastLogIndex: last, LastLogTerm: term - 1}, &p); err != nil {
+			t.Fatal(err)
+		}
+		var v raft.RequestVoteResponse
+		if err := candidate.trans.RequestVote("", raft.ServerAddress(voter.id), &raft.RequestVoteRequest{RPCHeader: from(candidate), Term: term, LastLogIndex: last, LastLogTerm: term - 1}, &v); err != nil {
+			t.Fatal(err)
+		}
+		return p.Granted, v.Granted
+	}
+	if pre, vote := ask(forsakes, protects, term+1); pre || vote {
+		t.Errorf("against a leader that speaks: pre-vote %v, vote %v", pre, vote)
+	}
+	if pre, vote := ask(protects, lead, term+1); pre || vote {
+		t.Errorf("by the leader itself: pre-vote %v, vote %v", pre, vote)
+	}
+	if pre, vote := ask(protects, forsakes, term+1); !pre || !vote {
+		t.Errorf("against a leader that is silent: pre-vote %v, vote %v", pre, vote)
 	}
 }

@@ -121,6 +121,11 @@ func (x *inbound) dispatch(m *message) error {
 	if m.kind == kindForward {
 		return x.forward(m)
 	}
+	if m.kind == kindAppend { // before it waits for raft, which may be waiting for the disk
+		if g := x.p.group(m.group); g != nil {
+			g.contact.spoke(x.from)
+		}
+	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	q := x.queue[m.group]

@@ -327,18 +327,37 @@ func (t *Transport) handle(x *inbound, m *message) ([]byte, error) {
 	case kindAppend:
 		return t.handleAppend(x, m)
 	case kindVote:
-		return handleSmall[raft.RequestVoteRequest](t, x, m)
+		return handleSmall(t, x, m, func(req *raft.RequestVoteRequest) {
+			if t.forsaken() != "" {
+				req.LeadershipTransfer = true // vote, though there is a leader
+			}
+		})
 	case kindPreVote:
-		return handleSmall[raft.RequestPreVoteRequest](t, x, m)
+		return handleSmall(t, x, m, func(req *raft.RequestPreVoteRequest) {
+			if leader := t.forsaken(); leader != "" {
+				req.Addr = []byte(leader) // raft protects a leader from everybody but itself; who the candidate is it takes from the ID
+			}
+		})
 	case kindTimeoutNow:
-		return handleSmall[raft.TimeoutNowRequest](t, x, m)
+		return handleSmall(t, x, m, func(*raft.TimeoutNowRequest) {})
 	case kindInstall:
 		return t.handleInstall(x, m)
 	}
 	return nil, fmt.Errorf("%w: kind %d", ErrFrame, m.kind)
 }
 
-func handleSmall[R any](t *Transport, x *inbound, m *message) ([]byte, error) {
+// forsaken returns the leader if it is another node that has been silent for so long that it is not to be protected from who stands for election (Ongaro's thesis, 4.2.3). raft
+// itself would protect it until its own timer, which is random, has run out too; then a silent leader is replaced after the longer of two timers, not the shorter.
+func (t *Transport) forsaken() string {
+	leader := t.g.Leader()
+	if leader == "" || leader == t.p.cfg.ServerID || !t.contact.silent(leader, t.p.times.silent) {
+		return ""
+	}
+	return leader
+}
+
+// handleSmall hands raft a request that is JSON; change sees it first.
+func handleSmall[R any](t *Transport, x *inbound, m *message, change func(*R)) ([]byte, error) {
 	req := new(R)
 	if err := json.Unmarshal(m.body, req); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrFrame, err)
@@ -347,6 +366,7 @@ func handleSmall[R any](t *Transport, x *inbound, m *message) ([]byte, error) {
 	if string(h.Addr) != x.from {
 		return nil, fmt.Errorf("%w: %s speaks for %s", ErrFrame, x.from, h.Addr)
 	}
+	change(req)
 	resp, err := t.hand(x, req, nil)
 	if err != nil {
 		return nil, err
