@@ -75,6 +75,8 @@ type group struct {
 	leads   atomic.Uint64 // term whose LeaderStart was applied and that this node leads; 0 = none
 	changed chan struct{} // poked when something was applied
 
+	patience patience // of balance, which runs once at a time
+
 	snapMu    sync.Mutex // a local snapshot and an install never overlap
 	snapBytes atomic.Int64
 

@@ -205,10 +205,29 @@ func (h *Host) keepMeta(ctx context.Context) error {
 }
 
 const (
-	// balanceLook is how often a leader looks whether somebody has changed who should lead; balanceEvery how often whether a better one has come back.
-	balanceLook  = 200 * time.Millisecond
-	balanceEvery = 5 * time.Second
+	// balanceLook is how often a leader looks whether somebody has changed who should lead; balanceEvery how often whether a better one has come back. That one may be about to go
+	// again, its disk too slow: each time that the group is handed over soon after the last time, within balanceForget, this node leads for twice as long first, up to balanceMost.
+	balanceLook   = 200 * time.Millisecond
+	balanceEvery  = 5 * time.Second
+	balanceMost   = 40 * time.Second
+	balanceForget = 2 * time.Minute
 )
+
+// patience is how long a node leads before it hands over to one that should.
+type patience struct {
+	wait   time.Duration
+	yields time.Time // the last one
+}
+
+// now returns how long to wait this time.
+func (p *patience) now(at time.Time) time.Duration {
+	if p.yields.IsZero() || at.Sub(p.yields) > balanceForget {
+		p.wait = balanceEvery
+	}
+	return p.wait
+}
+
+func (p *patience) yielded(at time.Time) { p.wait, p.yields = min(2*p.now(at), balanceMost), at }
 
 // balance hands the group over to the member that should lead it, once that one is in contact, until ctx ends.
 func (g *group) balance(ctx context.Context) {
@@ -222,20 +241,22 @@ func (g *group) balance(ctx context.Context) {
 			return
 		}
 		now := g.leaders()
-		if time.Since(looked) < balanceEvery && slices.Equal(now, order) && slices.Contains(now, g.host.cfg.NodeID) {
+		if time.Since(looked) < g.patience.now(time.Now()) && slices.Equal(now, order) && slices.Contains(now, g.host.cfg.NodeID) {
 			continue
 		}
 		looked, order = time.Now(), now
-		g.yield(ctx, now)
+		if g.yield(ctx, now) {
+			g.patience.yielded(time.Now())
+		}
 	}
 }
 
-// yield hands over to the first of order that is there, if it comes before this node. Who is not in order at all should not lead.
-func (g *group) yield(ctx context.Context, order []int32) {
+// yield hands over to the first of order that is there, if it comes before this node; it reports whether it tried. Who is not in order at all should not lead.
+func (g *group) yield(ctx context.Context, order []int32) bool {
 	voters := g.voters()
 	for _, node := range order {
 		if node == g.host.cfg.NodeID {
-			return
+			return false
 		}
 		i := slices.IndexFunc(voters, func(s string) bool { return nodeOf(s) == node })
 		if i < 0 || !g.caughtUp(ctx, voters[i]) {
@@ -244,8 +265,9 @@ func (g *group) yield(ctx context.Context, order []int32) {
 		if err := g.raft.LeadershipTransferToServer(raft.ServerID(voters[i]), raft.ServerAddress(voters[i])).Error(); err != nil {
 			g.log_.Info("leadership stays", "event", "leader.transfer", "to", voters[i], "err", err)
 		}
-		return
+		return true
 	}
+	return false
 }
 
 // lostEvery is how often a node that hears of no leader asks the others whether it still belongs to them; askTime bounds each question, and what a close waits for.

@@ -324,3 +324,23 @@ func TestSecondNodeOfANumber(t *testing.T) {
 		t.Errorf("node 3 is %v now", n)
 	}
 }
+
+// Who keeps losing a group gets it back later and later, and soon again once that is long ago.
+func TestPatience(t *testing.T) {
+	var p patience
+	at := time.Unix(1e9, 0)
+	var got []time.Duration
+	for range 5 {
+		w := p.now(at)
+		got = append(got, w)
+		at = at.Add(w)
+		p.yielded(at)
+		at = at.Add(time.Second) // and the group is lost again
+	}
+	if want := []time.Duration{balanceEvery, 2 * balanceEvery, 4 * balanceEvery, balanceMost, balanceMost}; !slices.Equal(got, want) {
+		t.Errorf("waits %v, want %v", got, want)
+	}
+	if w := p.now(at.Add(balanceForget)); w != balanceEvery {
+		t.Errorf("after a quiet time %v", w)
+	}
+}
