@@ -46,8 +46,10 @@ type batcher struct {
 	term    uint64 // of the leadership under which entries are proposed; 0 = none
 	starts  bool   // only LeaderStart is proposed until it has been applied
 	closed  bool
-	last    int // payload bytes of the last entry, to size the next
-	done    chan struct{}
+	// hung: the entry in flight is stuck in this node's disk, others elect a leader. Nothing is taken until it is decided.
+	hung atomic.Bool
+	last int // payload bytes of the last entry, to size the next
+	done chan struct{}
 }
 
 // openEntry is the entry that is being filled. Its payload is contiguous, never pooled: raft and readers keep it.
@@ -109,8 +111,13 @@ func (b *batcher) started(term uint64) {
 
 // follow refuses everything until lead is called again.
 func (b *batcher) follow() {
+	b.refuse(func() { b.term = 0 })
+}
+
+// refuse answers all that has not been proposed, once change has been made so that nothing more comes.
+func (b *batcher) refuse(change func()) {
 	b.mu.Lock()
-	b.term = 0
+	change()
 	e, special := b.open, b.special
 	b.open, b.special = &openEntry{}, nil
 	for e.copying > 0 { // the entry is dropped only when nobody writes into it
@@ -173,7 +180,7 @@ func (b *batcher) waitRoom(ctx context.Context, n int) error {
 		switch {
 		case b.closed:
 			return ErrStopped
-		case b.term == 0 || b.starts:
+		case b.term == 0 || b.starts || b.hung.Load():
 			return ErrNotLeader
 		case ctx.Err() != nil:
 			return ErrTimeout
@@ -225,7 +232,7 @@ func (b *batcher) grow(e *openEntry, n int) {
 // command puts a command into the open entry; done is called once with its result. first lets a LeaderStart pass.
 func (b *batcher) command(c state.Command, first bool, done func(state.Result, error)) {
 	b.mu.Lock()
-	if b.closed || b.term == 0 || b.starts && !first {
+	if b.closed || b.term == 0 || b.starts && !first || b.hung.Load() {
 		b.mu.Unlock()
 		done(state.Result{}, ErrNotLeader)
 		return
@@ -249,7 +256,7 @@ func (b *batcher) rehome(slots []state.Slot, bases []record.Offset, payload []by
 	e.cmds = append(e.cmds, pendingCommand{func(_ state.Result, err error) { done(err) }})
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.term == 0 || b.starts || b.closed {
+	if b.term == 0 || b.starts || b.closed || b.hung.Load() {
 		go done(ErrNotLeader) // not under the lock
 		return
 	}
@@ -312,19 +319,24 @@ func (b *batcher) propose(e *openEntry, data []byte, perm []int32) {
 	f := b.g.raft.ApplyLog(raft.Log{Data: data, Extensions: e.payload[:e.used:e.used]}, proposeTimeout)
 	decided := make(chan error, 1)
 	go func() { decided <- f.Error() }() // a future may never be answered; its goroutine ends with raft
-	timer := time.NewTimer(proposeTimeout)
+	timer := time.NewTimer(proposeLook)
 	defer timer.Stop()
 	var err error
-	select {
-	case err = <-decided:
-	case <-timer.C: // the callers learn that nothing is known; the next entry still waits for this one
-		b.g.log_.Error("a proposal has not been decided in time", "after", proposeTimeout)
-		e.fail(fmt.Errorf("%w: not decided in %s", ErrUnknownOutcome, proposeTimeout))
+	for waits := true; waits; {
 		select {
-		case <-decided:
-		case <-b.g.stop:
+		case err = <-decided:
+			waits = false
+		case <-timer.C:
+			if b.giveUp(e, time.Since(began)) {
+				select {
+				case <-decided:
+				case <-b.g.stop:
+				}
+				b.hung.Store(false)
+				return
+			}
+			timer.Reset(proposeLook)
 		}
-		return
 	}
 	b.g.metrics.propose.Observe(time.Since(began).Seconds())
 	if err != nil {
@@ -351,6 +363,21 @@ func (b *batcher) propose(e *openEntry, data []byte, perm []int32) {
 		}
 		c.done(r, nil)
 	}
+}
+
+// giveUp answers those who wait for e that nothing is known, if it has taken too long: the next entry still waits for this one. If it is stuck in this node's disk and there are
+// others, these are electing another leader: whoever waits here is to go there.
+func (b *batcher) giveUp(e *openEntry, after time.Duration) bool {
+	silent := b.g.trans.Silent() && len(b.g.voters()) > 1
+	if !silent && after < proposeTimeout {
+		return false
+	}
+	b.g.log_.Error("a proposal has not been decided in time", "after", after.Round(time.Millisecond), "disk_hangs", silent)
+	if silent {
+		b.refuse(func() { b.hung.Store(true) })
+	}
+	e.fail(fmt.Errorf("%w: not decided in %s", ErrUnknownOutcome, after.Round(time.Millisecond)))
+	return true
 }
 
 // proposeError maps raft's errors: what is not definitely refused is unknown.

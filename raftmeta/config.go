@@ -74,6 +74,7 @@ const (
 	raftTimeout    = 500 * time.Millisecond
 	commitTimeout  = 50 * time.Millisecond
 	proposeTimeout = 30 * time.Second
+	proposeLook    = 500 * time.Millisecond // how often it is asked what has become of a proposal
 	// entryTarget is how large an entry grows while the one before it is being committed; entryBacklog if batches wait. EntryMax bounds a batch.
 	entryTarget  = 1 << 20
 	entryBacklog = 4 << 20

@@ -1,6 +1,7 @@
 package raftmeta
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 	"sync"
@@ -167,6 +168,17 @@ func stallOnce(t *testing.T, c *trio, disks []*stallFS, metrics []*prometheus.Re
 		c.hosts[node].Append(t.Context(), AppendRequest{Batches: []AppendBatch{{hit, batchOf(t, -1, -1, "stuck")}}}, func(r []AppendResult) { stuck <- r })
 		until(t, "a write to be stuck", func() bool { return g.log.Stalled() > 0 })
 		write(calm, 20)
+		if r := <-stuck; !errors.Is(r[0].Err, ErrUnknownOutcome) { // while the disk is still stuck
+			t.Errorf("what is stuck in a leader's disk is answered %v", r[0].Err)
+		}
+		refused := make(chan []AppendResult, 1)
+		c.hosts[node].Append(t.Context(), AppendRequest{Batches: []AppendBatch{{hit, batchOf(t, -1, -1, "late")}}}, func(r []AppendResult) { refused <- r })
+		if r := <-refused; !errors.Is(r[0].Err, ErrNotLeader) {
+			t.Errorf("what comes to a leader whose disk is stuck is answered %v", r[0].Err)
+		}
+		if n, ok := c.hosts[node].Leader(shard); ok && int(n) == node+1 {
+			t.Error("a leader whose disk is stuck says that it leads")
+		}
 		until(t, "another leader", func() bool {
 			for i, h := range c.hosts {
 				if n, ok := h.Leader(shard); i != node && ok && int(n) != node+1 {
@@ -175,11 +187,6 @@ func stallOnce(t *testing.T, c *trio, disks []*stallFS, metrics []*prometheus.Re
 			}
 			return false
 		})
-		defer func() {
-			if r := <-stuck; r[0].Err == nil {
-				t.Error("what was stuck in a deposed leader's disk is acknowledged")
-			}
-		}()
 	} else {
 		write(hit, 5)
 		until(t, "a write to be stuck", func() bool { return g.log.Stalled() > time.Second }) // longer than any timer of an election

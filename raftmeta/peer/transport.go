@@ -235,6 +235,9 @@ func (t *Transport) track(target string, a *raft.AppendEntriesRequest, resp *raf
 // give up the leadership, and what keeps followers content does not pass through it: they would wait until the disk answers.
 const stalledMost = 2 * time.Second
 
+// Silent reports whether this node keeps silent, so that another one may be elected: its disk does not answer.
+func (t *Transport) Silent() bool { return t.g.Log.Stalled() > stalledMost }
+
 var errStalled = errors.New("peer: this node's own disk does not answer")
 
 // prepare shortens a request, checks it against the log and fetches the payloads.
@@ -242,8 +245,8 @@ func (t *Transport) prepare(target string, a *raft.AppendEntriesRequest) (*call,
 	if t.over() {
 		return nil, ErrClosed
 	}
-	if d := t.g.Log.Stalled(); d > stalledMost {
-		return nil, fmt.Errorf("%w: for %s", errStalled, d.Round(time.Millisecond))
+	if t.Silent() {
+		return nil, errStalled
 	}
 	c := &call{kind: kindAppend, group: t.g.ID}
 	crcs := make([]entryCRC, len(a.Entries))
