@@ -1,6 +1,7 @@
 package localstack
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,8 +14,10 @@ import (
 // Cluster is voters that run as processes of this machine; all that they write is below one directory, the objects too. The processes end with this one (on Linux even if it is
 // killed), and keep their addresses when they are started again.
 type Cluster struct {
-	Nodes   []*Node // the voters 1, 2, …; known after Start
-	Objects string  // directory of the store that they share
+	Nodes   []*Node  // the voters 1, 2, …; known after Start
+	Objects string   // directory of the store that they share
+	Storage string   // URL of another store; "" = Objects
+	Network *Network // that they reach one another through; nil = directly
 
 	program, dir string
 	size         int
@@ -70,10 +73,7 @@ func (c *Cluster) begin(ctx context.Context) error {
 func (c *Cluster) describe(ports []int) error {
 	c.Nodes = nil
 	address := func(i int) string { return fmt.Sprintf("127.0.0.1:%d", ports[i]) }
-	var voters []string
-	for i := range c.size {
-		voters = append(voters, fmt.Sprintf("%d@%s", i+1, address(3*i)))
-	}
+	storage := cmp.Or(c.Storage, "file://"+filepath.ToSlash(c.Objects))
 	if err := errors.Join(os.RemoveAll(c.Objects), os.MkdirAll(c.Objects, 0o755)); err != nil {
 		return fmt.Errorf("localstack: %w", err)
 	}
@@ -87,13 +87,31 @@ func (c *Cluster) describe(ports []int) error {
 			return fmt.Errorf("localstack: %w", err)
 		}
 		c.logs = append(c.logs, log)
-		n := NewNode(c.program, dir, append([]string{"ESTRAN_STORAGE_URL=file://" + filepath.ToSlash(c.Objects), "ESTRAN_QUORUM_VOTERS=" + strings.Join(voters, ","),
+		voters, err := c.voters(i, address)
+		if err != nil {
+			return err
+		}
+		n := NewNode(c.program, dir, append([]string{"ESTRAN_STORAGE_URL=" + storage, "ESTRAN_QUORUM_VOTERS=" + strings.Join(voters, ","),
 			fmt.Sprint("ESTRAN_NODE_ID=", i+1)}, c.env...))
 		n.Peer, n.Kafka, n.http, n.attr = address(3*i), address(3*i+1), address(3*i+2), leash()
 		n.Log = func(line string) { fmt.Fprintln(log, line) } // a log that cannot be written is no reason to end
 		c.Nodes = append(c.Nodes, n)
 	}
 	return nil
+}
+
+// voters are all as one of them reaches them.
+func (c *Cluster) voters(from int, address func(int) string) (out []string, err error) {
+	for i := range c.size {
+		addr := address(3 * i)
+		if c.Network != nil && i != from {
+			if addr, err = c.Network.Proxy(from+1, i+1, addr); err != nil {
+				return nil, err
+			}
+		}
+		out = append(out, fmt.Sprintf("%d@%s", i+1, addr))
+	}
+	return out, nil
 }
 
 // Close kills what runs and waits for it.

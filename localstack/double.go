@@ -32,6 +32,7 @@ type Double struct {
 	steps []*Step
 	calls []string
 	etag  int
+	hits  int // steps taken
 }
 
 type doubleObject struct {
@@ -136,6 +137,13 @@ func (d *Double) Calls() []string {
 	return c
 }
 
+// Hits counts the requests that the script has met so far.
+func (d *Double) Hits() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.hits
+}
+
 // Object returns an object's bytes.
 func (d *Double) Object(key string) ([]byte, bool) {
 	d.mu.Lock()
@@ -208,6 +216,7 @@ func (d *Double) take(op, key string) Step {
 	for _, s := range d.steps {
 		if (s.Op == "" || s.Op == op) && strings.Contains(key, s.Key) && (s.Times == 0 || s.done < s.Times) {
 			s.done++
+			d.hits++
 			return *s
 		}
 	}
@@ -399,6 +408,7 @@ func (d *Double) deny(key string) *Step {
 	for _, s := range d.steps {
 		if s.Op == "delete each" && strings.Contains(key, s.Key) && (s.Times == 0 || s.done < s.Times) {
 			s.done++
+			d.hits++
 			return s
 		}
 	}

@@ -17,6 +17,7 @@ type Network struct {
 	doors []net.Listener
 	wg    sync.WaitGroup
 	shut  bool
+	hits  int // chunks that met a fault
 }
 
 // Fault is what happens to the bytes of a way.
@@ -172,6 +173,9 @@ func (p *pipe) wait(at time.Time) (pass, ok bool) {
 	for {
 		n.mu.Lock()
 		fault, changed := p.way.fault, p.way.changed
+		if fault != Open {
+			n.hits++
+		}
 		left := time.Until(at.Add(p.way.delay))
 		if fault == Swallowed {
 			p.lost = true
@@ -223,6 +227,13 @@ func (n *Network) change(from, to int, f func(*way)) {
 			}
 		}
 	}
+}
+
+// Hits counts what was held or swallowed so far.
+func (n *Network) Hits() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.hits
 }
 
 // Heal opens every way.

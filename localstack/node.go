@@ -143,6 +143,9 @@ func (n *Node) end(sig syscall.Signal) error {
 	return endProcess(n.cmd, n.done, sig, 60*time.Second)
 }
 
+// Wipe removes the data of a process that has ended.
+func (n *Node) Wipe() error { return os.RemoveAll(n.dir) }
+
 // Done is closed when the process that the last Start started has ended.
 func (n *Node) Done() <-chan struct{} { return n.done }
 
