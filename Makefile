@@ -8,8 +8,11 @@ LDFLAGS  := -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT) -X main.da
 TOOL     := $(GO) tool -modfile=tools/go.mod
 FUZZTIME ?= 20s
 BENCHTIME?= 1s
+SEED     ?= 1
+ROUNDS   ?= 20
+NEMESES  ?=
 
-.PHONY: build test short lint cross race fuzz bench bench-go bench-kafka bench-wal golden localstack-bin compose-test clients-test image clean
+.PHONY: build test short lint cross race fuzz bench bench-go bench-kafka bench-wal golden localstack-bin compose-test clients-test image faults clean
 
 build: ## one static binary, ./estran
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o estran ./cmd/estran
@@ -64,6 +67,9 @@ compose-test: build localstack-bin ## docker compose with locally built images: 
 clients-test: build ## kcat, kafka-python, confluent-kafka, Java, franz-go and sarama against one voter and against three; skips what is not installed
 	bash localstack/clients/run
 	bash localstack/clients/quorum
+
+faults: ## ROUNDS of faults, chosen by SEED, under a load whose history is checked; NEMESES chooses kinds
+	$(GO) run ./localstack/faults --seed $(SEED) --rounds $(ROUNDS) --nemeses "$(NEMESES)"
 
 clean:
 	rm -f estran

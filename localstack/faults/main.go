@@ -1,0 +1,229 @@
+// Command faults runs a cluster of three voters under load, brings faults upon it that a seed chooses, and checks the history of what its clients saw.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/estran/estran/localstack"
+	"github.com/estran/estran/localstack/check"
+)
+
+const (
+	ackedPerRound = 5000
+	patience      = time.Minute // for what must happen after a fault
+)
+
+// result is the last line.
+type result struct {
+	Seed      uint64         `json:"seed"`
+	Rounds    int            `json:"rounds"`
+	Acked     int64          `json:"acked"`
+	Observed  int            `json:"observed"`
+	Anomalies int            `json:"anomalies"`
+	Skipped   int            `json:"skipped"`
+	Nemeses   map[string]int `json:"nemeses"`
+	Found     map[string]int `json:"found"`
+	Histories []string       `json:"histories"`
+}
+
+type config struct {
+	seed            uint64
+	rounds, perLife int
+	nemeses, keep   string
+	module          string // directory of the module whose program is tried
+}
+
+func main() {
+	var c config
+	flag.Uint64Var(&c.seed, "seed", 1, "chooses the faults")
+	flag.IntVar(&c.rounds, "rounds", 20, "rounds")
+	flag.IntVar(&c.perLife, "fresh", 10, "rounds of one cluster")
+	flag.StringVar(&c.nemeses, "nemeses", "", "kinds of faults, separated by commas; all if empty")
+	flag.StringVar(&c.keep, "keep", os.TempDir(), "directory for failing histories")
+	flag.StringVar(&c.module, "module", ".", "directory of the module whose program is tried")
+	flag.Parse()
+	r, err := run(context.Background(), c, os.Stdout)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+	}
+	line, _ := json.Marshal(r) // plain numbers and strings
+	fmt.Println(string(line))
+	if err != nil || r.Anomalies > 0 {
+		os.Exit(1)
+	}
+}
+
+func choose(names string) (out []nemesis, err error) {
+	if names == "" {
+		return nemeses, nil
+	}
+	for name := range strings.SplitSeq(names, ",") {
+		found := false
+		for _, n := range nemeses {
+			if n.name == name {
+				out, found = append(out, n), true
+			}
+		}
+		if !found {
+			return nil, fmt.Errorf("no nemesis %q", name)
+		}
+	}
+	return out, nil
+}
+
+// run plays all rounds, in lives of one cluster each.
+func run(ctx context.Context, c config, out io.Writer) (*result, error) {
+	r := &result{Seed: c.seed, Nemeses: map[string]int{}, Found: map[string]int{}}
+	kinds, err := choose(c.nemeses)
+	if err != nil {
+		return r, err
+	}
+	dir, err := os.MkdirTemp("", "estran-faults-")
+	if err != nil {
+		return r, err
+	}
+	defer os.RemoveAll(dir)
+	program, err := localstack.Build(ctx, c.module, dir)
+	if err != nil {
+		return r, err
+	}
+	rng := rand.New(rand.NewPCG(c.seed, 0))
+	for left := c.rounds; left > 0; left -= c.perLife {
+		if err := life(ctx, c, r, program, filepath.Join(dir, "cluster"), kinds, min(left, c.perLife), rng, out); err != nil {
+			return r, err
+		}
+	}
+	return r, nil
+}
+
+// life is one cluster from its start to the check of its history.
+func life(ctx context.Context, c config, r *result, program, dir string, kinds []nemesis, rounds int, rng *rand.Rand, out io.Writer) (err error) {
+	store, network := localstack.NewDouble(), localstack.NewNetwork()
+	defer store.Close()
+	defer func() { err = errors.Join(err, network.Close()) }()
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	cluster := localstack.NewCluster(program, dir, 3, append(store.Env(), "ESTRAN_TIERING_SEAL_BYTES=1MiB", "ESTRAN_TIERING_SEAL_AGE=300ms", "ESTRAN_TIERING_LOCAL_RETENTION_BYTES=0",
+		"ESTRAN_TIERING_PREPARE_TTL=5s")...)
+	cluster.Storage, cluster.Network = store.URL("estran"), network
+	if err := cluster.Start(ctx); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, cluster.Close()) }()
+	var brokers []string
+	for _, n := range cluster.Nodes {
+		brokers = append(brokers, n.Kafka)
+	}
+	load, err := start(ctx, brokers)
+	if err != nil {
+		return err
+	}
+	w := &world{cluster, network, store, rng}
+	var failed error
+	for range rounds {
+		n := kinds[rng.IntN(len(kinds))]
+		if failed = round(ctx, r, w, load, n, out); failed != nil {
+			r.Found["stuck"]++
+			r.Anomalies++
+			break
+		}
+	}
+	limit, cancel := context.WithTimeout(ctx, 3*time.Minute)
+	defer cancel()
+	ops, err := load.finish(limit)
+	failed = errors.Join(failed, err)
+	return errors.Join(failed, r.judge(c, ops, failed == nil, out))
+}
+
+// judge checks a history, and keeps one that is not clean.
+func (r *result) judge(c config, ops []check.Op, final bool, out io.Writer) error {
+	got := check.Check(ops, check.Options{Final: final})
+	r.Acked, r.Observed = r.Acked+int64(got.Acked), r.Observed+got.Observed
+	for rule, n := range got.Counts {
+		r.Found[rule] += n
+		r.Anomalies += n
+	}
+	if final && len(got.Counts) == 0 {
+		return nil
+	}
+	for _, a := range got.Anomalies {
+		fmt.Fprintf(out, "anomaly %s, partition %d: %s\n", a.Rule, a.Key, a.Text)
+	}
+	f, err := os.CreateTemp(c.keep, fmt.Sprintf("estran-history-%d-*", c.seed))
+	if err != nil {
+		return err
+	}
+	r.Histories = append(r.Histories, f.Name())
+	var b []byte
+	for i := range ops {
+		b = check.Append(b, &ops[i])
+	}
+	_, err = f.Write(b)
+	return errors.Join(err, f.Close())
+}
+
+// round brings one fault about under load, undoes it, and waits until every partition takes records again.
+func round(ctx context.Context, r *result, w *world, load *workload, n nemesis, out io.Writer) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*patience)
+	defer cancel()
+	before := load.count()
+	if !until(func() bool { return load.count() > before+ackedPerRound/2 && load.unacked.Load() > 0 }) {
+		return fmt.Errorf("%s: no acknowledgements before it", n.name)
+	}
+	what, hit, heal, err := n.begin(w)
+	if err != nil {
+		return err
+	}
+	outstanding, took := load.unacked.Load() > 0, until(hit)
+	hold := w.hold()
+	time.Sleep(hold) // how long the fault lasts
+	if err := heal(ctx); err != nil {
+		return err
+	}
+	var healed [partitions]int64
+	for p := range healed {
+		healed[p] = load.acked[p].Load()
+	}
+	again := until(func() bool {
+		for p := range healed {
+			if load.acked[p].Load() <= healed[p]+10 {
+				return false
+			}
+		}
+		return load.count() >= before+ackedPerRound
+	})
+	w.store.Calls() // they are not kept
+	counts := outstanding && took && again
+	fmt.Fprintf(out, "%s: %s for %v, in effect %v, %d acknowledged\n", n.name, what, hold, took && outstanding, load.count()-before)
+	if !again {
+		return fmt.Errorf("%s: no acknowledgements in %v after it", n.name, patience)
+	}
+	if !counts {
+		r.Skipped++
+		return nil
+	}
+	r.Rounds++
+	r.Nemeses[n.name]++
+	return nil
+}
+
+// until waits for a condition of other processes, for which there is no event.
+func until(cond func() bool) bool {
+	for end := time.Now().Add(patience); !cond(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			return false
+		}
+	}
+	return true
+}
