@@ -114,6 +114,17 @@ func (c *Cluster) voters(from int, address func(int) string) (out []string, err 
 	return out, nil
 }
 
+// Said counts a text in what all voters have written since they were described.
+func (c *Cluster) Said(text string) (n int) {
+	for _, f := range c.logs {
+		b, err := os.ReadFile(f.Name())
+		if err == nil {
+			n += strings.Count(string(b), text)
+		}
+	}
+	return n
+}
+
 // Close kills what runs and waits for it.
 func (c *Cluster) Close() error {
 	var errs []error

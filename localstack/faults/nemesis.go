@@ -81,15 +81,26 @@ func kill(count int) func(*world) (string, func() bool, func(context.Context) er
 	}
 }
 
-// wipe kills a voter and takes its disk.
+const groups = 4 // meta and the default's three shards
+
+// wipe kills a voter and takes its disk. It is healed when the new one votes in every group: another disk lost before that would be a majority's, which nothing survives.
 func wipe(w *world) (string, func() bool, func(context.Context) error, error) {
 	i := w.rng.IntN(len(w.cluster.Nodes))
-	n := w.cluster.Nodes[i]
+	n, added := w.cluster.Nodes[i], fmt.Sprintf(`"event":"voter.added","server":"%d.`, i+1)
+	before := w.cluster.Said(added)
 	err := n.Kill()
 	if err == nil {
 		err = n.Wipe()
 	}
-	return fmt.Sprintf("wipe %d", i+1), func() bool { return !n.Alive() }, func(ctx context.Context) error { return restart(ctx, []*localstack.Node{n}) }, err
+	return fmt.Sprintf("wipe %d", i+1), func() bool { return !n.Alive() }, func(ctx context.Context) error {
+		if err := restart(ctx, []*localstack.Node{n}); err != nil {
+			return err
+		}
+		if !until(func() bool { return w.cluster.Said(added) >= before+groups }) {
+			return fmt.Errorf("voter %d is not in every group %v after it was wiped", i+1, patience)
+		}
+		return nil
+	}, err
 }
 
 // pause stops a voter while hogs take the processors, which go on for a while after it wakes.
