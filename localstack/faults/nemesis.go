@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -111,24 +112,19 @@ func pause(w *world) (string, func() bool, func(context.Context) error, error) {
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		return err == nil && strings.Contains(string(b), ") T ")
 	}
-	done := make(chan struct{})
+	var done atomic.Bool
 	for range 2 * runtime.NumCPU() {
-		go hog(done)
+		go func() {
+			for !done.Load() { // it is to take a processor
+			}
+		}()
 	}
+	err := syscall.Kill(pid, syscall.SIGSTOP)
+	done.Store(err != nil)
 	return fmt.Sprintf("pause %d", i+1), stopped, func(context.Context) error {
-		defer close(done)
+		defer done.Store(true)
 		return syscall.Kill(pid, syscall.SIGCONT)
-	}, syscall.Kill(pid, syscall.SIGSTOP)
-}
-
-func hog(done <-chan struct{}) {
-	for {
-		select {
-		case <-done:
-			return
-		default:
-		}
-	}
+	}, err
 }
 
 // cut closes ways between three voters in a random order.
