@@ -28,7 +28,7 @@ type Cluster struct {
 
 // NewCluster describes voters with everything below dir; none is started. env is added to the environment of each.
 func NewCluster(program, dir string, size int, env ...string) *Cluster {
-	return &Cluster{Objects: filepath.Join(dir, "objects"), program: program, dir: dir, size: size, env: env, ports: freePorts}
+	return &Cluster{Objects: filepath.Join(dir, "objects"), program: program, dir: dir, size: size, env: env, ports: FreePorts}
 }
 
 // portAttempts is how often a cluster begins anew because another program took a port that was free.

@@ -222,7 +222,7 @@ func TestClusterPorts(t *testing.T) {
 		c := NewCluster(p, t.TempDir(), 3)
 		attempts := 0
 		c.ports = func(n int) ([]int, error) {
-			ports, err := freePorts(n)
+			ports, err := FreePorts(n)
 			if attempts++; attempts == 1 && err == nil {
 				ports[at] = taken.Addr().(*net.TCPAddr).Port
 			}

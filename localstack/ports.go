@@ -9,16 +9,16 @@ import (
 )
 
 func freePort() (int, error) {
-	ports, err := freePorts(1)
+	ports, err := FreePorts(1)
 	if err != nil {
 		return 0, err
 	}
 	return ports[0], nil
 }
 
-// freePorts finds ports of loopback on which nobody listens. They lie below those that the kernel gives to connections: one of these would take a port while the process that
+// FreePorts finds n ports of loopback on which nobody listens. They lie below those that the kernel gives to connections: one of these would take a port while the process that
 // listened on it is down, or even connect to itself.
-func freePorts(n int) (out []int, err error) {
+func FreePorts(n int) (out []int, err error) {
 	first, last := listenRange()
 	for tries := 0; len(out) < n; tries++ {
 		port := 0 // any

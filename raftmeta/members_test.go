@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -76,16 +75,12 @@ func TestChangesConverge(t *testing.T) {
 func (c *trio) extend(n int) {
 	c.t.Helper()
 	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			c.t.Fatal(err)
-		}
+		addr := freeAddr(c.t)
 		c.mu.Lock()
-		c.voters = append(slices.Clip(c.voters), Voter{int32(len(c.voters) + 1), l.Addr().String()})
+		c.voters = append(slices.Clip(c.voters), Voter{int32(len(c.voters) + 1), addr})
 		c.dirs = append(c.dirs, c.t.TempDir())
 		c.hosts = append(c.hosts, nil)
 		c.mu.Unlock()
-		_ = l.Close()
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/estran/estran/localstack"
 	"github.com/estran/estran/tiering/record"
 )
 
@@ -31,13 +32,8 @@ func newTrio(t testing.TB, n int) *trio {
 	t.Helper()
 	c := &trio{t: t, hosts: make([]*Host, n)}
 	for i := range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		c.voters = append(c.voters, Voter{int32(i + 1), l.Addr().String()})
+		c.voters = append(c.voters, Voter{int32(i + 1), freeAddr(t)})
 		c.dirs = append(c.dirs, t.TempDir())
-		_ = l.Close() // the node takes the port
 	}
 	return c
 }
@@ -64,6 +60,16 @@ func (c *trio) open(i int) error {
 	defer c.mu.Unlock()
 	c.hosts[i] = h
 	return err
+}
+
+// freeAddr is where a node may listen again and again: no connection is given that port while it does not.
+func freeAddr(t testing.TB) string {
+	t.Helper()
+	ports, err := localstack.FreePorts(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("127.0.0.1:%d", ports[0])
 }
 
 // listenAt takes a port, also that of a node that ended a moment ago; nil if it cannot be had.

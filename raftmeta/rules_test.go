@@ -137,12 +137,8 @@ func newRig(t *testing.T) *rig {
 func (g *rig) resolve(id string) (string, bool) { a, ok := g.addrs[id]; return a, ok }
 
 func (g *rig) listen(id string) net.Listener {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		g.t.Fatal(err)
-	}
-	g.addrs[id] = l.Addr().String()
-	return l
+	g.addrs[id] = freeAddr(g.t)
+	return listenAt(g.t, g.addrs[id])
 }
 
 // open starts the instance on what is in its directory. Its timers do not run out in a test.

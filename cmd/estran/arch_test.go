@@ -51,10 +51,10 @@ var testsMay = map[string][]string{
 	"objstore/minio":   {"objstore/objtest", "localstack"},
 	"objstore/open":    {"objstore/objtest", "localstack"},
 	"raftmeta/raftlog": {"localstack"},
-	"raftmeta/peer":    {"raftmeta/raftlog"},
+	"raftmeta/peer":    {"raftmeta/raftlog", "localstack"},
 	"localstack":       {"objstore/s3", "objstore/minio", "objstore/open", "objstore/objtest", "raftmeta/raftlog"},
 	"tiering":          {"objstore/mem", "objstore/fs"},
-	"raftmeta":         {"objstore/mem"},
+	"raftmeta":         {"objstore/mem", "localstack"},
 }
 
 // owners says which packages alone may import an outside module (a path or anything below it); the longest path wins.

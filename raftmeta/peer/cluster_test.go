@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/estran/estran/localstack"
 	"github.com/estran/estran/raftmeta/raftlog"
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
@@ -109,7 +110,11 @@ type node struct {
 func (n *node) start(first []raft.Server) {
 	n.t.Helper()
 	if n.addr == "" {
-		n.addr = "127.0.0.1:0"
+		ports, err := localstack.FreePorts(1) // none that a connection may get while the node is down
+		if err != nil {
+			n.t.Fatal(err)
+		}
+		n.addr = fmt.Sprintf("127.0.0.1:%d", ports[0])
 	}
 	l, err := net.Listen("tcp", n.addr)
 	if err != nil {
