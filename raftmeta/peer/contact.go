@@ -23,6 +23,21 @@ type contacts struct {
 
 	speaker string // whose append came last
 	spokeAt time.Time
+	votedAt time.Time // for another server
+}
+
+// voted notes that this node has voted for somebody, who may be leading in a moment.
+func (c *contacts) voted() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.votedAt = time.Now()
+}
+
+// outcome is how long to wait, d after the vote, for what has come of it; not above 0 if there is nothing to wait for.
+func (c *contacts) outcome(d time.Duration) time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return time.Until(c.votedAt.Add(d))
 }
 
 // spoke notes that a server has sent an append, whatever raft makes of it.

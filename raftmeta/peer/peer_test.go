@@ -266,6 +266,7 @@ func TestSilentLeaderIsNotProtected(t *testing.T) {
 		}
 		return p.Granted, v.Granted
 	}
+	refused := protects.trans.contact.outcome(time.Hour)
 	if pre, vote := ask(forsakes, protects, term+1); pre || vote {
 		t.Errorf("against a leader that speaks: pre-vote %v, vote %v", pre, vote)
 	}
@@ -274,5 +275,11 @@ func TestSilentLeaderIsNotProtected(t *testing.T) {
 	}
 	if pre, vote := ask(protects, forsakes, term+1); !pre || !vote {
 		t.Errorf("against a leader that is silent: pre-vote %v, vote %v", pre, vote)
+	}
+	if wait := forsakes.trans.contact.outcome(time.Hour); wait < 50*time.Minute { // it does not stand itself meanwhile
+		t.Errorf("who has voted waits %v of an hour for the outcome", wait)
+	}
+	if now := protects.trans.contact.outcome(time.Hour); now > refused {
+		t.Errorf("who has refused waits %v, and waited %v before", now, refused)
 	}
 }

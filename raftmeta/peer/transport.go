@@ -160,13 +160,21 @@ func (t *Transport) leaderDied(server string) {
 	t.spawn(func() {
 		timer := time.NewTimer(wait)
 		defer timer.Stop()
-		select {
-		case <-timer.C:
-		case <-t.closed:
-			return
-		}
-		if l := t.g.Leader(); l == server || l == "" { // one of a lower rank may have stood in vain, its log too short
-			t.ElectNow()
+		for {
+			select {
+			case <-timer.C:
+			case <-t.closed:
+				return
+			}
+			if l := t.g.Leader(); l != server && l != "" {
+				return
+			}
+			left := t.contact.outcome(t.p.times.silent)
+			if left <= 0 { // one of a lower rank has stood in vain, its log too short, or not at all
+				t.ElectNow()
+				return
+			}
+			timer.Reset(left + wait) // to stand now would depose whom this node has just voted for
 		}
 	})
 }
@@ -334,15 +342,19 @@ func (t *Transport) handle(x *inbound, m *message) ([]byte, error) {
 			if t.forsaken() != "" {
 				req.LeadershipTransfer = true // vote, though there is a leader
 			}
+		}, func(resp any) {
+			if r, ok := resp.(*raft.RequestVoteResponse); ok && r.Granted {
+				t.contact.voted()
+			}
 		})
 	case kindPreVote:
 		return handleSmall(t, x, m, func(req *raft.RequestPreVoteRequest) {
 			if leader := t.forsaken(); leader != "" {
 				req.Addr = []byte(leader) // raft protects a leader from everybody but itself; who the candidate is it takes from the ID
 			}
-		})
+		}, func(any) {})
 	case kindTimeoutNow:
-		return handleSmall(t, x, m, func(*raft.TimeoutNowRequest) {})
+		return handleSmall(t, x, m, func(*raft.TimeoutNowRequest) {}, func(any) {})
 	case kindInstall:
 		return t.handleInstall(x, m)
 	}
@@ -359,8 +371,8 @@ func (t *Transport) forsaken() string {
 	return leader
 }
 
-// handleSmall hands raft a request that is JSON; change sees it first.
-func handleSmall[R any](t *Transport, x *inbound, m *message, change func(*R)) ([]byte, error) {
+// handleSmall hands raft a request that is JSON; change sees it first, after sees the answer.
+func handleSmall[R any](t *Transport, x *inbound, m *message, change func(*R), after func(any)) ([]byte, error) {
 	req := new(R)
 	if err := json.Unmarshal(m.body, req); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrFrame, err)
@@ -374,6 +386,7 @@ func handleSmall[R any](t *Transport, x *inbound, m *message, change func(*R)) (
 	if err != nil {
 		return nil, err
 	}
+	after(resp)
 	b, err := json.Marshal(resp)
 	return append([]byte{statusOK}, b...), err
 }
