@@ -11,8 +11,9 @@ BENCHTIME?= 1s
 SEED     ?= 1
 ROUNDS   ?= 20
 NEMESES  ?=
+MISTAKES ?= all
 
-.PHONY: build test short lint cross race fuzz bench bench-go bench-kafka bench-wal golden localstack-bin compose-test clients-test image faults clean
+.PHONY: build test short lint cross race fuzz bench bench-go bench-kafka bench-wal golden localstack-bin compose-test clients-test image faults planted clean
 
 build: ## one static binary, ./estran
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o estran ./cmd/estran
@@ -70,6 +71,9 @@ clients-test: build ## kcat, kafka-python, confluent-kafka, Java, franz-go and s
 
 faults: ## ROUNDS of faults, chosen by SEED, under a load whose history is checked; NEMESES chooses kinds
 	$(GO) run ./localstack/faults --seed $(SEED) --rounds $(ROUNDS) --nemeses "$(NEMESES)"
+
+planted: ## rounds of faults against programs with one known MISTAKE each, until it is caught; SEED is the first of three
+	$(GO) run ./localstack/faults --seed $(SEED) --nemeses "$(NEMESES)" --planted "$(MISTAKES)"
 
 clean:
 	rm -f estran

@@ -6,6 +6,7 @@ import (
 	"net"
 	"time"
 
+	"github.com/estran/estran/planted"
 	"github.com/estran/estran/raftmeta/state"
 	"github.com/estran/estran/tiering"
 	"github.com/estran/estran/tiering/record"
@@ -265,6 +266,10 @@ func (r *request) readPart(ctx context.Context, most int, p *fetchPart, bytes *i
 			p.diverging = &divergence{e, end}
 			return
 		}
+	}
+	if planted.On(planted.GuessedOutOfRange) && p.offset > info.HighWatermark {
+		p.code = codeOffsetOutOfRange
+		return
 	}
 	if p.offset > info.HighWatermark { // never a guess: what was acknowledged before this request must be applied here first
 		pctx, cancel := r.timeout(time.Second)

@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/estran/estran/planted"
 	"github.com/estran/estran/raftmeta/state"
 	"github.com/estran/estran/tiering/record"
 	"github.com/hashicorp/raft"
@@ -316,7 +317,9 @@ func (b *batcher) cut() (*openEntry, uint64) {
 // propose gives an entry to raft and hands out the results. The next entry is cut when this one is decided.
 func (b *batcher) propose(e *openEntry, data []byte, perm []int32) {
 	began := time.Now()
+	due, own := b.g.mistakeBefore(e, data)
 	f := b.g.raft.ApplyLog(raft.Log{Data: data, Extensions: e.payload[:e.used:e.used]}, proposeTimeout)
+	b.g.mistakeAnswer(e, perm, due, own)
 	decided := make(chan error, 1)
 	go func() { decided <- f.Error() }() // a future may never be answered; its goroutine ends with raft
 	timer := time.NewTimer(proposeLook)
@@ -351,6 +354,9 @@ func (b *batcher) propose(e *openEntry, data []byte, perm []int32) {
 	}
 	if b.g.id == 0 { // every node acts on what meta decides
 		b.g.tell()
+	}
+	if planted.On(planted.OffsetBeforeApply) && due != nil {
+		out.appends = due
 	}
 	for i, p := range e.batches {
 		p.call.results[p.at] = b.g.appendResult(out.appends[perm[i]])

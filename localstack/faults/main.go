@@ -40,7 +40,9 @@ type config struct {
 	seed            uint64
 	rounds, perLife int
 	nemeses, keep   string
-	module          string // directory of the module whose program is tried
+	module          string   // directory of the module whose program is tried
+	program         string   // built already
+	env             []string // of every voter, beside what a life needs
 }
 
 func main() {
@@ -51,7 +53,15 @@ func main() {
 	flag.StringVar(&c.nemeses, "nemeses", "", "kinds of faults, separated by commas; all if empty")
 	flag.StringVar(&c.keep, "keep", os.TempDir(), "directory for failing histories")
 	flag.StringVar(&c.module, "module", ".", "directory of the module whose program is tried")
+	mistakes := flag.String("planted", "", "plant these mistakes, separated by commas, or all; each is tried until it is caught")
 	flag.Parse()
+	if *mistakes != "" {
+		if err := plant(context.Background(), c, *mistakes, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	r, err := run(context.Background(), c, os.Stdout)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -93,9 +103,11 @@ func run(ctx context.Context, c config, out io.Writer) (*result, error) {
 		return r, err
 	}
 	defer os.RemoveAll(dir)
-	program, err := localstack.Build(ctx, c.module, dir)
-	if err != nil {
-		return r, err
+	program := c.program
+	if program == "" {
+		if program, err = localstack.Build(ctx, c.module, dir); err != nil {
+			return r, err
+		}
 	}
 	rng := rand.New(rand.NewPCG(c.seed, 0))
 	for left := c.rounds; left > 0; left -= c.perLife {
@@ -114,7 +126,7 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	cluster := localstack.NewCluster(program, dir, 3, append(store.Env(), "ESTRAN_TIERING_SEAL_BYTES=1MiB", "ESTRAN_TIERING_SEAL_AGE=300ms", "ESTRAN_TIERING_LOCAL_RETENTION_BYTES=0",
+	cluster := localstack.NewCluster(program, dir, 3, append(append(store.Env(), c.env...), "ESTRAN_TIERING_SEAL_BYTES=1MiB", "ESTRAN_TIERING_SEAL_AGE=300ms", "ESTRAN_TIERING_LOCAL_RETENTION_BYTES=0",
 		"ESTRAN_TIERING_PREPARE_TTL=5s")...)
 	cluster.Storage, cluster.Network = store.URL("estran"), network
 	if err := cluster.Start(ctx); err != nil {

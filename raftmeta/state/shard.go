@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 
+	"github.com/estran/estran/planted"
 	"github.com/estran/estran/tiering/record"
 	"github.com/estran/estran/tiering/segment"
 )
@@ -248,7 +249,7 @@ func (s *Shard) trimEntries() {
 }
 
 func (s *Shard) appendSlot(p *partition, entry uint32, i int, slot *Slot, term Term) AppendResult {
-	if slot.ProducerID >= 0 {
+	if slot.ProducerID >= 0 && !planted.On(planted.DedupOff) {
 		if code, base := p.checkSequence(slot); code != OK {
 			if code != Duplicate {
 				base = -1

@@ -1,0 +1,93 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/estran/estran/localstack"
+	"github.com/estran/estran/planted"
+)
+
+const (
+	plantedSeeds = 3                // fresh ones for each mistake
+	plantedTime  = 10 * time.Minute // in which each must be caught
+)
+
+// plant plays rounds against a program that makes one mistake at a time, and prints what caught it and when. An error says that one was not caught.
+func plant(ctx context.Context, c config, names string, out io.Writer) error {
+	mistakes, err := chooseMistakes(names)
+	if err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "estran-planted-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	if c.program, err = localstack.Build(ctx, c.module, dir, "-tags=planted"); err != nil {
+		return err
+	}
+	c.keep = dir
+	var missed []error
+	fmt.Fprintln(out, "| mistake | seed | caught after | rounds | by |\n|---|---|---|---|---|")
+	for _, m := range mistakes {
+		for range plantedSeeds {
+			c.seed++
+			row, caught := try(ctx, c, m)
+			fmt.Fprintln(out, row)
+			if !caught {
+				missed = append(missed, fmt.Errorf("%s is not caught with seed %d", m, c.seed))
+			}
+		}
+	}
+	return errors.Join(missed...)
+}
+
+func chooseMistakes(names string) ([]string, error) {
+	if names == "all" {
+		return planted.All, nil
+	}
+	out := strings.Split(names, ",")
+	for _, n := range out {
+		if !slices.Contains(planted.All, n) {
+			return nil, fmt.Errorf("no mistake %q", n)
+		}
+	}
+	return out, nil
+}
+
+// try plays lives until the mistake is caught or its time is over. Only a rule of the checker or a cluster that takes no records catches; an error of another kind is shown and catches nothing.
+func try(ctx context.Context, c config, mistake string) (row string, caught bool) {
+	ctx, cancel := context.WithTimeout(ctx, plantedTime)
+	defer cancel()
+	c.env = []string{"ESTRAN_TEST_PLANTED=" + mistake}
+	c.rounds, c.perLife = 3, 3 // a history is checked when its life ends
+	seed, rounds, began := c.seed, 0, time.Now()
+	for ; ctx.Err() == nil; c.seed += 1000 {
+		r, err := run(ctx, c, io.Discard)
+		rounds += r.Rounds + r.Skipped
+		took := time.Since(began).Round(time.Second)
+		switch {
+		case r.Anomalies > 0 && took <= plantedTime:
+			return fmt.Sprintf("| %s | %d | %v | %d | %s |", mistake, seed, took, rounds, rules(r.Found)), true
+		case err != nil && ctx.Err() == nil:
+			return fmt.Sprintf("| %s | %d | error after %v | %d | %s |", mistake, seed, took, rounds, strings.ReplaceAll(err.Error(), "\n", " ")), false
+		}
+	}
+	return fmt.Sprintf("| %s | %d | **not in %v** | %d | |", mistake, seed, plantedTime, rounds), false
+}
+
+func rules(found map[string]int) string {
+	var out []string
+	for rule, n := range found {
+		out = append(out, fmt.Sprintf("%s %d", rule, n))
+	}
+	slices.Sort(out)
+	return strings.Join(out, ", ")
+}
