@@ -1,6 +1,9 @@
 package broker
 
-import "github.com/estran/estran/tiering/record"
+import (
+	"github.com/estran/estran/planted"
+	"github.com/estran/estran/tiering/record"
+)
 
 // OffsetForLeaderEpoch (23), versions 2-4 (KIP-320): where a leader epoch ended, so that a consumer can see whether its position is still of this log.
 func handleOffsetForLeaderEpoch(r *request) error {
@@ -62,7 +65,7 @@ func handleOffsetForLeaderEpoch(r *request) error {
 // checkEpoch compares the leader epoch that a client knows (-1 = none) with the partition's.
 func checkEpoch(known int32, epoch record.LeaderEpoch) int16 {
 	switch {
-	case known < 0 || known == int32(epoch):
+	case planted.On(planted.EpochUnchecked) || known < 0 || known == int32(epoch):
 		return codeNone
 	case known < int32(epoch):
 		return codeFencedLeaderEpoch

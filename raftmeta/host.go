@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/estran/estran/planted"
 	"github.com/estran/estran/raftmeta/peer"
 	"github.com/estran/estran/raftmeta/state"
 	"github.com/estran/estran/tiering/record"
@@ -356,6 +357,9 @@ func (h *Host) Prove(ctx context.Context, s record.ShardID) error {
 	term := g.leads.Load()
 	if term == 0 || g.raft.CurrentTerm() != term {
 		return ErrNotLeader
+	}
+	if planted.On(planted.VerifyLeaderAsProof) {
+		return g.raft.VerifyLeader().Error()
 	}
 	commit := g.raft.CommitIndex()
 	if err := h.majority(ctx, g, term); err != nil {

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/estran/estran/planted"
 	"github.com/estran/estran/tiering/record"
 	"github.com/estran/estran/tiering/segment"
 )
@@ -121,7 +122,7 @@ func (t *Tiering) collectGarbage(ctx context.Context, s record.ShardID, now reco
 		}
 		swept := o.Size == 0 // never committed: no reader can know it
 		grace := t.cfg.Grace
-		if swept {
+		if swept || planted.On(planted.GraceSkipped) {
 			grace = 0
 			if g.late[o.Number] {
 				grace = t.cfg.LateDelete

@@ -27,7 +27,7 @@ var allowed = map[string][]string{
 	"objstore/open":     {"objstore", "objstore/mem", "objstore/fs", "objstore/s3", "objstore/minio"},
 	"objstore/objtest":  {"objstore"},
 	"tiering/record":    {},
-	"tiering/segment":   {"tiering/record"},
+	"tiering/segment":   {"planted", "tiering/record"},
 	"tiering":           {"planted", "objstore", "tiering/record", "tiering/segment"},
 	"raftmeta/raftlog":  {"planted"},
 	"raftmeta/state":    {"planted", "tiering/record", "tiering/segment"},

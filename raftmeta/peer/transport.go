@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/estran/estran/planted"
 	"github.com/hashicorp/raft"
 )
 
@@ -272,7 +273,7 @@ func (t *Transport) prepare(target string, a *raft.AppendEntriesRequest) (*call,
 		crcs[i] = entryCRC{ext: crc, extLen: uint32(n)}
 		size += len(e.Data) + n
 	}
-	if !isBeat(a) && !t.g.Log.Matches(a.PrevLogEntry, a.PrevLogTerm, a.Term, a.Entries) { // what a goroutine of a lost term has put together
+	if !planted.On(planted.OtherTermSent) && !isBeat(a) && !t.g.Log.Matches(a.PrevLogEntry, a.PrevLogTerm, a.Term, a.Entries) { // what a goroutine of a lost term has put together
 		return nil, fmt.Errorf("peer: entries behind %d of term %d are not the log's any more", a.PrevLogEntry, a.PrevLogTerm)
 	}
 	c.bulk = make(net.Buffers, 0, 2*len(a.Entries))
@@ -441,7 +442,9 @@ func (t *Transport) lift(a *raft.AppendEntriesRequest) {
 		}
 		a.PrevLogEntry, a.PrevLogTerm = base, term
 	}
-	a.LeaderCommitIndex = min(a.LeaderCommitIndex, a.PrevLogEntry+uint64(len(a.Entries)))
+	if !planted.On(planted.CommitIndexUnclamped) {
+		a.LeaderCommitIndex = min(a.LeaderCommitIndex, a.PrevLogEntry+uint64(len(a.Entries)))
+	}
 	if a.PrevLogEntry == base && a.PrevLogTerm == term {
 		// What lies at the base is known here, and raft need not look. After an install at its own last index it would compare with the term of the entry that was there before,
 		// and refuse for ever.

@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/estran/estran/planted"
 	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -427,11 +428,14 @@ func (l *Log) GetLog(index uint64, out *raft.Log) error {
 
 // DeleteRange implements raft.LogStore. raft calls it both to truncate a conflicting suffix and to compact; only a range above every
 // local snapshot is a truncation, any other call is a hint that there may be something to free.
-func (l *Log) DeleteRange(minIndex, _ uint64) error {
+func (l *Log) DeleteRange(minIndex, maxIndex uint64) error {
 	l.wmu.Lock()
 	defer l.wmu.Unlock()
 	l.mu.Lock()
-	if minIndex <= l.snapIdx {
+	if planted.On(planted.FreeOnHint) && minIndex <= l.snapIdx {
+		l.permit = max(l.permit, maxIndex)
+	}
+	if minIndex <= l.snapIdx && !(planted.On(planted.DeleteRangeByMax) && maxIndex > l.snapIdx && minIndex > l.base) {
 		l.mu.Unlock()
 		l.kickFree()
 		return nil
