@@ -205,6 +205,9 @@ func (h *Host) onForward(ctx context.Context, group uint32, body []byte) ([]byte
 	if f.Ask {
 		return json.Marshal(h.memberServers())
 	}
+	if group != 0 || !h.serving.Load() {
+		return json.Marshal(forwardedResult{NotLeader: true})
+	}
 	single := f.Kind != 0
 	if single {
 		f.Commands = []forwarded{f}
@@ -222,15 +225,11 @@ func (h *Host) onForward(ctx context.Context, group uint32, body []byte) ([]byte
 			}
 		}
 	}
-	g := h.meta
-	if group != 0 || g == nil {
-		return json.Marshal(forwardedResult{NotLeader: true})
-	}
 	decided := make([]decision, len(cs))
-	g.proposeAll(ctx, cs, which, decided)
+	h.meta.proposeAll(ctx, cs, which, decided)
 	var out forwardedResult
 	for _, d := range decided {
-		out.Results = append(out.Results, g.resultOf(d))
+		out.Results = append(out.Results, h.meta.resultOf(d))
 	}
 	if single {
 		out = out.Results[0]

@@ -27,6 +27,7 @@ type Host struct {
 	metrics    *metrics
 	cluster    atomic.Pointer[state.Cluster]
 	meta       *group
+	serving    atomic.Bool              // meta is there: peers, whom the listener lets in before, may ask for commands
 	shards     atomic.Pointer[[]*group] // shard i+1 at i; only longer lists replace it
 	shardCount int
 	seen       atomic.Pointer[map[int32]string] // where other nodes were last, by node.json
@@ -66,7 +67,8 @@ func Open(ctx context.Context, cfg Config) (*Host, error) {
 	h.ctx, h.cancel = context.WithCancel(context.Background())
 	h.shards.Store(new([]*group))
 	h.recorded = h.identity.Groups
-	h.seen.Store(&h.identity.Peers)
+	seen := h.identity.Peers // not the field: join writes that while links look for peers
+	h.seen.Store(&seen)
 	h.metrics = newMetrics(h)
 	h.cluster.Store(state.NewMeta().View())
 	if err := h.open(ctx); err != nil {
@@ -92,6 +94,7 @@ func (h *Host) open(ctx context.Context) error {
 	if h.meta, err = openGroup(h, 0, filepath.Join(h.cfg.DataDir, "meta")); err != nil {
 		return err
 	}
+	h.serving.Store(true)
 	self := state.Node{ID: h.cfg.NodeID, Incarnation: h.identity.Incarnation, Host: h.cfg.Host, Port: h.cfg.Port, Rack: h.cfg.Rack, Peer: h.peerAddress()}
 	h.wg.Go(h.watchMembership)
 	if last, err := h.meta.log.LastIndex(); err != nil {

@@ -1,6 +1,8 @@
 package raftmeta
 
 import (
+	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -333,6 +335,42 @@ func TestEveryRequestIsAnsweredOnce(t *testing.T) {
 			if at := int(bases[i]) + k; at >= len(all) || all[at] != fmt.Sprint(i) {
 				t.Fatalf("record %d of request %d is not at offset %d", k, i, at)
 			}
+		}
+	}
+}
+
+// Peers may ask a node for something as soon as it listens, before its groups are open: it says that it leads nothing. The race detector sees the rest.
+func TestForwardToANodeThatStarts(t *testing.T) {
+	c := newTrio(t, 3)
+	c.start(0, 1, 2)
+	to, from := c.hosts[2].identity.serverID(), c.hosts[0]
+	body, err := json.Marshal(forwarded{Kind: state.KindAllocProducers, Body: json.RawMessage(`{"Count":1}`)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 5 {
+		c.stop(2)
+		stop, answered := make(chan struct{}), 0
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			for {
+				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				if _, err := from.peers.Forward(ctx, to, 0, body); err == nil {
+					answered++
+				}
+				cancel()
+				select {
+				case <-stop:
+					return
+				default:
+				}
+			}
+		})
+		c.start(2)
+		close(stop)
+		wg.Wait()
+		if answered == 0 {
+			t.Fatal("nothing was answered")
 		}
 	}
 }
