@@ -6,7 +6,7 @@ import (
 	"net"
 	"time"
 
-	"github.com/estran/estran/planted"
+	"github.com/estran/estran/localstack/planted"
 	"github.com/estran/estran/raftmeta/state"
 	"github.com/estran/estran/tiering"
 	"github.com/estran/estran/tiering/record"

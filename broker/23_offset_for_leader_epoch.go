@@ -1,7 +1,7 @@
 package broker
 
 import (
-	"github.com/estran/estran/planted"
+	"github.com/estran/estran/localstack/planted"
 	"github.com/estran/estran/tiering/record"
 )
 

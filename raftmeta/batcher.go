@@ -8,7 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/estran/estran/planted"
+	"github.com/estran/estran/localstack/planted"
 	"github.com/estran/estran/raftmeta/state"
 	"github.com/estran/estran/tiering/record"
 	"github.com/hashicorp/raft"

@@ -12,7 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/estran/estran/planted"
+	"github.com/estran/estran/localstack/planted"
 	"github.com/estran/estran/raftmeta/peer"
 	"github.com/estran/estran/raftmeta/state"
 	"github.com/estran/estran/tiering/record"

@@ -6,7 +6,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/estran/estran/planted"
+	"github.com/estran/estran/localstack/planted"
 	"github.com/estran/estran/tiering/record"
 	"github.com/estran/estran/tiering/segment"
 )

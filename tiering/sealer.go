@@ -10,8 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/estran/estran/localstack/planted"
 	"github.com/estran/estran/objstore"
-	"github.com/estran/estran/planted"
 	"github.com/estran/estran/tiering/record"
 	"github.com/estran/estran/tiering/segment"
 )

@@ -7,7 +7,7 @@ import (
 	"testing"
 
 	"github.com/estran/estran/localstack"
-	"github.com/estran/estran/planted"
+	"github.com/estran/estran/localstack/planted"
 )
 
 // A program that is built as it is released holds no planted mistake; one with the tag holds all.

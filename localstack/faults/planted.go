@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"github.com/estran/estran/localstack"
-	"github.com/estran/estran/planted"
+	"github.com/estran/estran/localstack/planted"
 )
 
 const (

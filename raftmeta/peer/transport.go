@@ -11,7 +11,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/estran/estran/planted"
+	"github.com/estran/estran/localstack/planted"
 	"github.com/hashicorp/raft"
 )
 

@@ -13,7 +13,7 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/estran/estran/planted"
+	"github.com/estran/estran/localstack/planted"
 	"github.com/hashicorp/raft"
 )
 

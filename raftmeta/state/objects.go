@@ -4,7 +4,7 @@ import (
 	"cmp"
 	"slices"
 
-	"github.com/estran/estran/planted"
+	"github.com/estran/estran/localstack/planted"
 	"github.com/estran/estran/tiering/record"
 	"github.com/estran/estran/tiering/segment"
 )

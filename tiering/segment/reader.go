@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"io"
 
-	"github.com/estran/estran/planted"
+	"github.com/estran/estran/localstack/planted"
 	"github.com/estran/estran/tiering/record"
 )
 

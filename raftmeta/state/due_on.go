@@ -1,3 +1,5 @@
+//go:build planted
+
 package state
 
 import "github.com/estran/estran/tiering/record"

@@ -1,9 +1,11 @@
+//go:build planted
+
 package raftmeta
 
 import (
 	"time"
 
-	"github.com/estran/estran/planted"
+	"github.com/estran/estran/localstack/planted"
 	"github.com/estran/estran/raftmeta/state"
 )
 
