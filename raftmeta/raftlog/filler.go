@@ -14,8 +14,15 @@ import (
 const (
 	firstFileBytes = 1 << 20
 	reserveMax     = 8 << 20
-	fillChunk      = 1 << 20
+	fillChunk      = 256 << 10
 	spaceRetry     = time.Second
+)
+
+// A file is made at the pace at which the one before it is used, so that a busy disk is never asked for many zeros at once: fsyncs wait behind them. Shares are in 1024ths of a
+// file; the one in the making is at most a quarter and fillAhead ahead, so it is there when three quarters of the other are used.
+const (
+	whole     = 1024
+	fillAhead = whole / 16
 )
 
 // filler makes log files in advance, in the background: written with zeros, or recycled. A file that it hands out is durable with its
@@ -32,11 +39,43 @@ type filler struct {
 	err     error
 	noSpace atomic.Bool // there is no room for a file, or none for the reserve
 
+	used   atomic.Int64 // share of the file that is written to; whole while there is none
+	resume atomic.Int64 // share at which the filler, which rests, goes on; more than whole while it does not rest
+
 	waiting stopwatch // a taker
 	busy    stopwatch // the filler's operation in flight
 }
 
-func (p *filler) init(l *Log) { p.l, p.cond = l, sync.NewCond(&p.mu) }
+func (p *filler) init(l *Log) {
+	p.l, p.cond = l, sync.NewCond(&p.mu)
+	p.used.Store(whole)
+	p.resume.Store(whole + 1)
+}
+
+// advance says how far the file that is written to has been used.
+func (p *filler) advance(pos, size int64) {
+	p.used.Store(share(pos, size))
+	if p.used.Load() >= p.resume.Load() {
+		p.wake()
+	}
+}
+
+func share(pos, size int64) int64 { return pos * whole / size }
+
+// keepPace returns when the file in the making, of size bytes, may be written to at off. Somebody who waits for it makes it at once.
+func (p *filler) keepPace(off, size int64, stop <-chan struct{}) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.resume.Store((share(off, size) - fillAhead) * 4 / 5)
+	defer p.resume.Store(whole + 1)
+	for p.want == 0 && p.used.Load() < p.resume.Load() && !stopped(stop) {
+		p.cond.Wait()
+	}
+	if stopped(stop) {
+		return ErrClosed
+	}
+	return nil
+}
 
 func (p *filler) wake() {
 	p.mu.Lock()
@@ -127,7 +166,7 @@ func (p *filler) run(stop <-chan struct{}) {
 		p.gen++
 		gen := p.gen
 		p.mu.Unlock()
-		f, err := p.make(gen, size, old)
+		f, err := p.make(gen, size, old, stop)
 		if full(err) {
 			p.starve(stop)
 			continue
@@ -206,7 +245,7 @@ func (p *filler) drop(f *logFile) {
 }
 
 // make writes a file in advance or takes an old one, and gives it the header of generation gen.
-func (p *filler) make(gen uint64, size int64, old *logFile) (*logFile, error) {
+func (p *filler) make(gen uint64, size int64, old *logFile, stop <-chan struct{}) (*logFile, error) {
 	fs := p.l.fs
 	name := p.l.path(fmt.Sprintf("%016x.log", gen))
 	var f File
@@ -217,7 +256,7 @@ func (p *filler) make(gen uint64, size int64, old *logFile) (*logFile, error) {
 	sync := func() error { return f.Sync() }
 	steps := []func() error{
 		func() (err error) { f, err = fs.Create(name); return err },
-		func() error { return p.zeroFill(f, size) },
+		func() error { return p.zeroFill(f, size, func(off int64) error { return p.keepPace(off, size, stop) }) },
 		sync, // a valid header must mean that the whole file is there
 		header, sync,
 	}
@@ -244,11 +283,15 @@ func (p *filler) make(gen uint64, size int64, old *logFile) (*logFile, error) {
 	return &logFile{gen: gen, name: name, f: f, size: size}, nil
 }
 
-// zeroFill leaves the disk's queue to those who wait for it: no more than a chunk or two of zeros are in it at a time.
-func (p *filler) zeroFill(f File, size int64) error {
+// zeroFill leaves the disk's queue to those who wait for it: no more than a chunk or two of zeros are in it at a time. before is called before each.
+func (p *filler) zeroFill(f File, size int64, before func(off int64) error) error {
 	chunk := make([]byte, min(fillChunk, size))
 	for off := int64(0); off < size; off += int64(len(chunk)) {
-		p.busy.start() // a chunk that never ends is a hang, many chunks are not
+		p.busy.end() // a chunk that never ends is a hang; many chunks and the rest between them are not
+		if err := before(off); err != nil {
+			return err
+		}
+		p.busy.start()
 		if _, err := f.WriteAt(chunk[:min(int64(len(chunk)), size-off)], off); err != nil {
 			return err
 		}
@@ -310,7 +353,7 @@ func (p *filler) reserve() error {
 		return nil
 	}
 	if err == nil {
-		err = errors.Join(p.zeroFill(f, min(reserveMax, p.l.cfg.FileBytes/8)), f.Close())
+		err = errors.Join(p.zeroFill(f, min(reserveMax, p.l.cfg.FileBytes/8), func(int64) error { return nil }), f.Close())
 	}
 	if full(err) {
 		_ = p.l.fs.Remove(p.l.path("reserve")) // half of it would be of no use

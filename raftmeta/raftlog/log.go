@@ -179,6 +179,7 @@ func (l *Log) StoreLogs(es []*raft.Log) error {
 		return l.fail(fmt.Errorf("writing entries %d to %d: %w", es[0].Index, es[len(es)-1].Index, err))
 	}
 	l.added(es, size)
+	l.fill.advance(l.pos, l.cur.size)
 	observe(l.cfg.Metrics.Store, began)
 	return nil
 }
@@ -337,6 +338,7 @@ func (l *Log) room(size int64, records int) (ready bool, err error) {
 		}
 	}
 	l.cur, l.pos, l.recs = f, blockBytes, l.recs[:0]
+	l.fill.advance(l.pos, f.size)
 	l.mu.Lock()
 	f.start = l.written - blockBytes
 	l.files[uint32(f.gen)] = f
