@@ -222,7 +222,7 @@ type patience struct {
 // now returns how long to wait this time.
 func (p *patience) now(at time.Time) time.Duration {
 	if p.yields.IsZero() || at.Sub(p.yields) > balanceForget {
-		p.wait = balanceEvery
+		return balanceEvery
 	}
 	return p.wait
 }

@@ -149,7 +149,7 @@ func TestLinearizable(t *testing.T) {
 func history(t *rapid.T) (ops []Op) {
 	keys := rapid.Int32Range(1, 3).Draw(t, "keys")
 	logs, at, value := make([][]uint64, keys), map[[2]int32]int{}, uint64(0)
-	for now := int64(10); now < int64(rapid.IntRange(20, 400).Draw(t, "steps")); now++ {
+	for now, end := int64(10), int64(rapid.IntRange(20, 400).Draw(t, "steps")); now < end; now++ {
 		k, p := rapid.Int32Range(0, keys-1).Draw(t, "key"), rapid.Int32Range(0, 3).Draw(t, "process")
 		switch rapid.IntRange(0, 2).Draw(t, "kind") {
 		case 0:
