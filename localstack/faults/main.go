@@ -21,6 +21,14 @@ import (
 const (
 	ackedPerRound = 5000
 	patience      = time.Minute // for what must happen after a fault
+	shards        = 3
+)
+
+var (
+	// errStuck: the cluster has not come back after a fault. Everything else that ends a life early is the fault of what drives it, and no finding.
+	errStuck = errors.New("stuck")
+	// errUnavailable: this machine cannot bring the fault about.
+	errUnavailable = errors.New("not possible here")
 )
 
 // result is the last line.
@@ -127,7 +135,7 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 		return err
 	}
 	cluster := localstack.NewCluster(program, dir, 3, append(append(store.Env(), c.env...), "ESTRAN_TIERING_SEAL_BYTES=1MiB", "ESTRAN_TIERING_SEAL_AGE=300ms", "ESTRAN_TIERING_LOCAL_RETENTION_BYTES=0",
-		"ESTRAN_TIERING_PREPARE_TTL=5s")...)
+		"ESTRAN_TIERING_PREPARE_TTL=5s", fmt.Sprint("ESTRAN_QUORUM_SHARDS=", shards))...)
 	cluster.Storage, cluster.Network = store.URL("estran"), network
 	if err := cluster.Start(ctx); err != nil {
 		return err
@@ -146,15 +154,21 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 	for range rounds {
 		n := kinds[rng.IntN(len(kinds))]
 		if failed = round(ctx, r, w, load, n, out); failed != nil {
-			r.Found["stuck"]++
-			r.Anomalies++
 			break
 		}
+		store.Calls() // they are not kept
 	}
 	limit, cancel := context.WithTimeout(ctx, 3*time.Minute)
 	defer cancel()
 	ops, err := load.finish(limit)
+	if err != nil && ctx.Err() == nil {
+		err = fmt.Errorf("%w: %w", errStuck, err)
+	}
 	failed = errors.Join(failed, err)
+	if errors.Is(failed, errStuck) {
+		r.Found["stuck"]++
+		r.Anomalies++
+	}
 	return errors.Join(failed, r.judge(c, ops, failed == nil, out))
 }
 
@@ -191,17 +205,24 @@ func round(ctx context.Context, r *result, w *world, load *workload, n nemesis, 
 	defer cancel()
 	before := load.count()
 	if !until(func() bool { return load.count() > before+ackedPerRound/2 && load.unacked.Load() > 0 }) {
-		return fmt.Errorf("%s: no acknowledgements before it", n.name)
+		return fmt.Errorf("%w: %s: no acknowledgements before it", errStuck, n.name)
 	}
 	what, hit, heal, err := n.begin(w)
-	if err != nil {
-		return err
+	if errors.Is(err, errUnavailable) {
+		fmt.Fprintf(out, "%s: skipped: %v\n", n.name, err)
+		r.Skipped++
+		return nil
 	}
-	outstanding, took := load.unacked.Load() > 0, until(hit)
+	if err != nil {
+		return fmt.Errorf("%s cannot be brought about: %w", n.name, err)
+	}
+	begun := load.count()
+	took := until(hit)
+	outstanding := load.unacked.Load() > 0
 	hold := w.hold()
 	time.Sleep(hold) // how long the fault lasts
 	if err := heal(ctx); err != nil {
-		return err
+		return fmt.Errorf("%w: after %s: %w", errStuck, n.name, err)
 	}
 	var healed [partitions]int64
 	for p := range healed {
@@ -213,15 +234,13 @@ func round(ctx context.Context, r *result, w *world, load *workload, n nemesis, 
 				return false
 			}
 		}
-		return load.count() >= before+ackedPerRound
+		return load.count() >= begun+ackedPerRound
 	})
-	w.store.Calls() // they are not kept
-	counts := outstanding && took && again
-	fmt.Fprintf(out, "%s: %s for %v, in effect %v, %d acknowledged\n", n.name, what, hold, took && outstanding, load.count()-before)
+	fmt.Fprintf(out, "%s: %s for %v, in effect %v, %d acknowledged\n", n.name, what, hold, took && outstanding, load.count()-begun)
 	if !again {
-		return fmt.Errorf("%s: no acknowledgements in %v after it", n.name, patience)
+		return fmt.Errorf("%w: %s: no acknowledgements in %v after it", errStuck, n.name, patience)
 	}
-	if !counts {
+	if !took || !outstanding {
 		r.Skipped++
 		return nil
 	}

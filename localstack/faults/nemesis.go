@@ -23,7 +23,8 @@ type world struct {
 	rng     *rand.Rand
 }
 
-// nemesis brings a fault about. hit reports whether it has taken effect; heal undoes it and returns when the processes serve.
+// nemesis brings a fault about; errUnavailable says that this machine cannot. hit reports whether it has taken effect; heal undoes it and returns when the processes serve, its errors
+// are those of a cluster that does not come back.
 type nemesis struct {
 	name  string
 	begin func(*world) (what string, hit func() bool, heal func(context.Context) error, err error)
@@ -82,7 +83,7 @@ func kill(count int) func(*world) (string, func() bool, func(context.Context) er
 	}
 }
 
-const groups = 4 // meta and the default's three shards
+const groups = 1 + shards // meta's too
 
 // wipe kills a voter and takes its disk. It is healed when the new one votes in every group: another disk lost before that would be a majority's, which nothing survives.
 func wipe(w *world) (string, func() bool, func(context.Context) error, error) {
