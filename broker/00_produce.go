@@ -219,6 +219,7 @@ func (p *producePart) rewrite(r *request, c topicConfig) error {
 func (r *request) produced(acks int16, parts []producePart, topics []int, res []raftmeta.AppendResult) {
 	failed := false
 	cluster := r.s.b.Cluster()
+	var leaderless map[record.ShardID]bool
 	for i := range parts {
 		p := &parts[i]
 		if p.at >= 0 {
@@ -229,6 +230,13 @@ func (r *request) produced(acks int16, parts []producePart, topics []int, res []
 		if p.err != nil {
 			failed = true
 			r.s.m.failedProduce.WithLabelValues(known(cluster, p.topic)).Inc()
+			t, _ := cluster.Topic(p.topic)
+			if s := r.leaderless(codeOf(p.err), t, p.partition); s != 0 && r.version >= leaderHints {
+				if leaderless == nil {
+					leaderless = map[record.ShardID]bool{}
+				}
+				leaderless[s] = true
+			}
 			continue
 		}
 		r.s.m.bytesIn.WithLabelValues(p.topic).Add(float64(p.size()))
@@ -239,8 +247,18 @@ func (r *request) produced(acks int16, parts []producePart, topics []int, res []
 		r.silence(failed)
 		return
 	}
-	r.finish(r.encodeProduce(parts, topics))
+	if len(leaderless) == 0 {
+		r.finish(r.encodeProduce(parts, topics))
+		return
+	}
+	go func() { // ends with the server, and is one of those that may be in flight on the connection
+		r.awaitLeaders(leaderless, leaderWait)
+		r.finish(r.encodeProduce(parts, topics))
+	}()
 }
+
+// leaderHints is the first version whose answers name leaders.
+const leaderHints = 10
 
 // size is the batch's length; its bytes must not be read any more, the frame is back in its pool.
 func (p *producePart) size() int { return len(p.batch) }
@@ -300,7 +318,7 @@ func (r *request) encodeProducePart(w *writer, p *producePart, h *hints) {
 		}
 		w.text(msg)
 	}
-	if r.version < 10 || code == codeNone {
+	if r.version < leaderHints || code == codeNone {
 		w.tags()
 		return
 	}

@@ -124,8 +124,31 @@ func handleFetch(r *request) error {
 	if bytes < int(f.minBytes) && wait > 0 && len(parts) > 0 && !anyError(parts) {
 		r.fetchLater(f, parts, began.Add(wait))
 	}
+	if leaderless := r.leaderlessOf(parts); len(leaderless) > 0 {
+		r.awaitLeaders(leaderless, time.Until(began.Add(wait)))
+	}
 	r.sendFetch(f, ses, parts)
 	return nil
+}
+
+// leaderlessOf returns the shards that nobody leads of partitions that cannot be read for that, if the answer can name leaders.
+func (r *request) leaderlessOf(parts []*fetchPart) (out map[record.ShardID]bool) {
+	if !r.flex {
+		return nil
+	}
+	for _, p := range parts {
+		if p.code != codeNotLeaderOrFollower {
+			continue
+		}
+		t, _ := r.s.b.Cluster().TopicByID(p.id)
+		if s := r.leaderless(p.code, t, p.partition); s != 0 {
+			if out == nil {
+				out = map[record.ShardID]bool{}
+			}
+			out[s] = true
+		}
+	}
+	return out
 }
 
 // answerShare is the part of the answers' budget that one answer may take: a few clients that do not read must not stop the others.

@@ -34,6 +34,8 @@ type Cluster interface {
 	NodeID() int32
 	Down(node int32) bool
 	Leader(record.ShardID) (node int32, ok bool)
+	// AwaitLeader returns when Leader knows one, or ctx ends.
+	AwaitLeader(context.Context, record.ShardID)
 	Partition(record.TopicPartition) (state.PartitionInfo, error)
 	EpochEnd(record.TopicPartition, record.LeaderEpoch) (record.LeaderEpoch, record.Offset, error)
 	Watch(tps []record.TopicPartition, wake func()) (stop func())

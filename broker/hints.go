@@ -5,6 +5,7 @@ import (
 	"errors"
 	"maps"
 	"slices"
+	"time"
 
 	"github.com/estran/estran/raftmeta"
 	"github.com/estran/estran/raftmeta/state"
@@ -37,6 +38,31 @@ func (h *hints) leader(tag uint32, code int16, t *state.Topic, partition int32) 
 	b := binary.BigEndian.AppendUint32(nil, uint32(node))
 	b = binary.BigEndian.AppendUint32(b, uint32(info.LeaderEpoch))
 	return []taggedField{{tag, append(b, 0)}}
+}
+
+// leaderWait is how long an answer waits for somebody to lead a partition that nobody leads at this moment: most elections are over by then. A client that is told no leader asks for
+// Metadata, and some do that only every five seconds.
+const leaderWait = 500 * time.Millisecond
+
+// leaderless returns a shard that nobody leads, if that is what the error of a partition comes from; else 0.
+func (r *request) leaderless(code int16, topic *state.Topic, partition int32) record.ShardID {
+	if code != codeNotLeaderOrFollower || topic == nil || partition < 0 || int(partition) >= len(topic.Partitions) {
+		return 0
+	}
+	s := topic.Partitions[partition].Shard
+	if _, ok := r.s.b.Leader(s); ok {
+		return 0
+	}
+	return s
+}
+
+// awaitLeaders waits until all these shards are led, so that the answer can say by whom.
+func (r *request) awaitLeaders(shards map[record.ShardID]bool, limit time.Duration) {
+	ctx, cancel := r.timeout(min(limit, leaderWait))
+	defer cancel()
+	for s := range shards {
+		r.s.b.AwaitLeader(ctx, s)
+	}
 }
 
 // endpoints returns the tagged field with the addresses of the nodes that were named.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -515,30 +516,87 @@ func (e elsewhere) Partition(tp record.TopicPartition) (state.PartitionInfo, err
 	return info, raftmeta.ErrNotLeader
 }
 
-// Item 21: who comes to the wrong node is told the leader, its epoch and its address (KIP-951), in the versions that have the fields.
-func TestItem21LeaderHints(t *testing.T) {
-	w := start(t, nil)
-	topic := w.topic(t, "t", 1, nil)
+// between is a backend whose partitions are led by nobody until somebody waits for that, and then by others; or for ever.
+type between struct {
+	elsewhere
+	ever bool
+	led  atomic.Bool
+}
+
+func (b *between) Leader(s record.ShardID) (int32, bool) {
+	if !b.led.Load() {
+		return -1, false
+	}
+	return b.Host.Leader(s)
+}
+
+func (b *between) AwaitLeader(ctx context.Context, _ record.ShardID) {
+	if b.ever {
+		<-ctx.Done()
+	}
+	b.led.Store(!b.ever)
+}
+
+// serve starts a server on another view of w's node, and returns a connection to it.
+func (w *whole) serve(t *testing.T, b Backend) *raw {
+	t.Helper()
 	cfg := DefaultConfig()
 	cfg.Registerer = prometheus.NewRegistry()
-	s := NewServer(cfg, elsewhere{w.Host}, hotReader{w.Host})
+	s := NewServer(cfg, b, hotReader{w.Host})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(l) }()
-	defer func() {
+	t.Cleanup(func() {
 		_ = s.Close()
 		if err := <-served; !errors.Is(err, ErrServerClosed) {
 			t.Errorf("serve: %v", err)
 		}
-	}()
+	})
+	return (&whole{addr: l.Addr().String()}).dial(t)
+}
+
+// Who asks while an election is going on is told its outcome, if that comes soon; the versions that cannot name a leader do not wait.
+func TestHintsWaitForALeader(t *testing.T) {
+	w := start(t, nil)
+	topic := w.topic(t, "t", 1, nil)
+	produce := func(b *between, v int16) (int16, int32) {
+		p := w.serve(t, b).ask(produceReq("t", -1, batchBytes(t, record.CodecNone, "v")), v).(*kmsg.ProduceResponse).Topics[0].Partitions[0]
+		return p.ErrorCode, p.CurrentLeader.LeaderID
+	}
+	fetch := func(b *between, v int16) (int16, int32) {
+		f := fetchReq("t", 0)
+		f.Topics[0].TopicID, f.MaxWaitMillis = topic.ID, 10_000
+		p := w.serve(t, b).ask(f, v).(*kmsg.FetchResponse).Topics[0].Partitions[0]
+		return p.ErrorCode, p.CurrentLeader.LeaderID
+	}
+	for _, c := range []struct {
+		name string
+		ask  func(*between, int16) (int16, int32)
+		v    int16
+		ever bool
+		want int32
+		led  bool
+	}{{"produce", produce, 10, false, 1, true}, {"fetch", fetch, 16, false, 1, true}, {"fetch", fetch, 12, false, 1, true}, {"produce", produce, 9, false, -1, false}, {"fetch", fetch, 11, false, -1, false},
+		{"produce, no election", produce, 10, true, -1, false}, {"fetch, no election", fetch, 16, true, -1, false}} {
+		b := &between{elsewhere: elsewhere{w.Host}, ever: c.ever}
+		if code, leader := c.ask(b, c.v); code != codeNotLeaderOrFollower || leader != c.want || b.led.Load() != c.led {
+			t.Errorf("%s v%d: code %d, leader %d, waited %v", c.name, c.v, code, leader, b.led.Load())
+		}
+	}
+}
+
+// Item 21: who comes to the wrong node is told the leader, its epoch and its address (KIP-951), in the versions that have the fields.
+func TestItem21LeaderHints(t *testing.T) {
+	w := start(t, nil)
+	topic := w.topic(t, "t", 1, nil)
 	info, err := w.Partition(record.TopicPartition{Topic: topic.ID})
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := (&whole{addr: l.Addr().String()}).dial(t)
+	c := w.serve(t, elsewhere{w.Host})
 	for v := int16(9); v <= 11; v++ {
 		r := c.ask(produceReq("t", -1, batchBytes(t, record.CodecNone, "v")), v).(*kmsg.ProduceResponse)
 		p := r.Topics[0].Partitions[0]

@@ -337,6 +337,14 @@ func (h *Host) Leader(s record.ShardID) (node int32, ok bool) {
 	return follows, true
 }
 
+// AwaitLeader returns when Leader knows who leads the shard, or ctx ends.
+func (h *Host) AwaitLeader(ctx context.Context, s record.ShardID) {
+	_ = h.await(ctx, "a leader", func() bool { // the caller asks who it is
+		_, ok := h.Leader(s)
+		return ok
+	})
+}
+
 // EpochEnd answers OffsetForLeaderEpoch (KIP-320).
 func (h *Host) EpochEnd(tp record.TopicPartition, epoch record.LeaderEpoch) (record.LeaderEpoch, record.Offset, error) {
 	g := h.groupOf(tp)

@@ -396,3 +396,24 @@ func TestLostGroupIsRefused(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+// Who waits for a leader learns of the next one.
+func TestAwaitLeader(t *testing.T) {
+	c := newTrio(t, 3)
+	c.start(0, 1, 2)
+	lead, ok := c.hosts[0].Leader(1)
+	if !ok {
+		t.Fatal("no leader")
+	}
+	other := c.hosts[int(lead)%3]
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	c.stop(int(lead) - 1)
+	until(t, "another leader", func() bool {
+		other.AwaitLeader(ctx, 1)
+		now, ok := other.Leader(1)
+		return ok && now != lead
+	})
+	cancel()
+	other.AwaitLeader(ctx, 99) // a shard that nobody has
+}
