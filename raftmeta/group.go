@@ -73,6 +73,7 @@ type group struct {
 
 	applied atomic.Uint64 // last index that the machine has seen, of any type
 	leads   atomic.Uint64 // term whose LeaderStart was applied and that this node leads; 0 = none
+	yields  atomic.Bool   // this node is handing the leadership over: raft takes no entries
 	changed chan struct{} // poked when something was applied
 
 	patience patience // of balance, which runs once at a time
@@ -195,6 +196,7 @@ func (g *group) leadership() {
 	var lead sync.WaitGroup
 	end := func() {
 		g.leads.Store(0)
+		g.yields.Store(false)
 		if cancel != nil {
 			cancel()
 			cancel = nil

@@ -322,7 +322,7 @@ func (h *Host) Leader(s record.ShardID) (node int32, ok bool) {
 		return -1, false
 	}
 	if g.leads.Load() > 0 {
-		if g.batcher.hung.Load() { // soon another one does
+		if g.batcher.hung.Load() || g.yields.Load() || g.leaderServer() != g.self { // soon another one does
 			return -1, false
 		}
 		return h.cfg.NodeID, true

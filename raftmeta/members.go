@@ -262,7 +262,9 @@ func (g *group) yield(ctx context.Context, order []int32) bool {
 		if i < 0 || !g.caughtUp(ctx, voters[i]) {
 			continue
 		}
-		if err := g.raft.LeadershipTransferToServer(raft.ServerID(voters[i]), raft.ServerAddress(voters[i])).Error(); err != nil {
+		if err := g.transfer(func() raft.Future {
+			return g.raft.LeadershipTransferToServer(raft.ServerID(voters[i]), raft.ServerAddress(voters[i]))
+		}); err != nil {
 			g.log_.Info("leadership stays", "event", "leader.transfer", "to", voters[i], "err", err)
 		}
 		return true

@@ -364,13 +364,24 @@ func (g *group) transportGroup() peer.Group {
 		}}
 }
 
+// transfer gives the leadership away. From now on this node is not named as the leader: clients would come back at once with what raft refuses.
+func (g *group) transfer(begin func() raft.Future) error {
+	g.yields.Store(true)
+	err := begin().Error()
+	if err != nil { // else the loss of the leadership ends it
+		g.yields.Store(false)
+		g.host.poke()
+	}
+	return err
+}
+
 // handOver gives up the leadership before the node goes, if there is somebody to take it.
 func (g *group) handOver(limit time.Duration) {
 	if g.leads.Load() == 0 || len(g.voters()) < 2 {
 		return
 	}
 	done := make(chan error, 1)
-	go func() { done <- g.raft.LeadershipTransfer().Error() }()
+	go func() { done <- g.transfer(g.raft.LeadershipTransfer) }()
 	t := time.NewTimer(limit)
 	defer t.Stop()
 	select {

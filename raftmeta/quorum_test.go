@@ -16,6 +16,8 @@ import (
 
 	"github.com/estran/estran/localstack"
 	"github.com/estran/estran/tiering/record"
+
+	"github.com/hashicorp/raft"
 )
 
 // trio is a cluster of voters in this process.
@@ -416,4 +418,33 @@ func TestAwaitLeader(t *testing.T) {
 	})
 	cancel()
 	other.AwaitLeader(ctx, 99) // a shard that nobody has
+}
+
+// transferring stands for a transfer of leadership that the test decides.
+type transferring chan error
+
+func (c transferring) Error() error { return <-c }
+
+// A node that hands its leadership over does not name itself, and does again if it keeps it.
+func TestLeaderWhileItYields(t *testing.T) {
+	c := newTrio(t, 1)
+	c.start(0)
+	h := c.hosts[0]
+	decided, done := make(transferring), make(chan error, 1)
+	begun := make(chan struct{})
+	go func() {
+		done <- h.shardByID(1).transfer(func() raft.Future { close(begun); return decided })
+	}()
+	<-begun
+	if node, ok := h.Leader(1); ok {
+		t.Errorf("node %d leads while it hands over", node)
+	}
+	failed := errors.New("nobody takes it")
+	decided <- failed
+	if err := <-done; !errors.Is(err, failed) {
+		t.Error(err)
+	}
+	if node, ok := h.Leader(1); !ok || node != 1 {
+		t.Errorf("node %d leads (%v) after it kept the leadership", node, ok)
+	}
 }
