@@ -19,6 +19,8 @@ var (
 	ErrLocked = errors.New("data directory is in use by another process")
 	// ErrRecovering: a recovery was begun in the directory and did not end.
 	ErrRecovering = errors.New("a recovery of this data directory did not end")
+	// ErrBehind: other nodes remember what the directory does not hold.
+	ErrBehind = errors.New("data directory has lost writes")
 	// ErrForeign: the directory holds something else, or another node.
 	ErrForeign = errors.New("data directory is not this node's")
 )

@@ -106,6 +106,9 @@ func openGroup(h *Host, id record.ShardID, dir string) (*group, error) {
 	if err := g.openStores(dir); err != nil {
 		return nil, errors.Join(err, g.closeStores())
 	}
+	if err := g.notBehind(); err != nil {
+		return nil, errors.Join(err, g.closeStores())
+	}
 	last, err := g.log.LastIndex()
 	if err != nil {
 		return nil, errors.Join(err, g.closeStores())

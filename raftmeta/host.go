@@ -31,6 +31,7 @@ type Host struct {
 	shards     atomic.Pointer[[]*group] // shard i+1 at i; only longer lists replace it
 	shardCount int
 	seen       atomic.Pointer[map[int32]string] // where other nodes were last, by node.json
+	known      []peer.Peer                      // who answered when this node started, and what they remember of it
 	recorded   []uint32                         // the groups that node.json says have been here; of open, then of followShards
 
 	pokeMu sync.Mutex
@@ -91,6 +92,7 @@ func (h *Host) open(ctx context.Context) error {
 			return err
 		}
 	}
+	h.known = h.askPeers(ctx)
 	if h.meta, err = openGroup(h, 0, filepath.Join(h.cfg.DataDir, "meta")); err != nil {
 		return err
 	}

@@ -375,6 +375,58 @@ func TestForwardToANodeThatStarts(t *testing.T) {
 	}
 }
 
+// Incident C10, item 30: a voter that is started with an old copy of its directory is refused, and says what it lacks; when its directory is emptied it comes as a new one.
+func TestOldCopyIsRefused(t *testing.T) {
+	c := newTrio(t, 3)
+	c.start(0, 1, 2)
+	n, shard := newCounter(c, "t")
+	n.write(10)
+	until(t, "the others to lead", func() bool {
+		if at := c.leads(shard); at != 2 {
+			return true
+		}
+		_ = c.hosts[2].shardByID(shard).raft.LeadershipTransfer().Error()
+		return false
+	})
+	last := func(h *Host) uint64 {
+		i, _ := h.shardByID(shard).log.LastIndex()
+		return i
+	}
+	until(t, "the third to have it all", func() bool { return last(c.hosts[2]) == last(c.hosts[0]) })
+	c.stop(2)
+	old := t.TempDir()
+	if err := os.CopyFS(old, os.DirFS(c.dirs[2])); err != nil {
+		t.Fatal(err)
+	}
+	c.start(2)
+	n.write(10)
+	commit := c.hosts[c.leads(shard)].shardByID(shard).raft.CommitIndex()
+	until(t, "the third to have it all", func() bool { return last(c.hosts[2]) >= commit })
+	n.write(1) // with it the commit index is told, and confirmed
+	until(t, "that to be remembered", func() bool {
+		for _, h := range c.hosts[:2] {
+			p, err := c.hosts[2].peers.Ask(t.Context(), h.peerAddress())
+			if err == nil && p.Known[uint32(shard)].LastIndex >= commit {
+				return true
+			}
+		}
+		return false
+	})
+	c.stop(2)
+	dir := c.dirs[2]
+	c.dirs[2] = old
+	if err := c.open(2); !errors.Is(err, ErrBehind) || !strings.Contains(err.Error(), "remembers") {
+		t.Fatalf("an old copy: %v", err)
+	}
+	c.dirs[2] = dir
+	c.start(2)
+	n.write(1)
+	c.stop(2)
+	c.dirs[2] = t.TempDir()
+	c.start(2)
+	n.write(1)
+}
+
 // Incident 25: topics are made sixteen at a time, at every node, while one restarts: each node ends with the same catalog.
 func TestCatalogsAreEqual(t *testing.T) {
 	c := newTrio(t, 3)

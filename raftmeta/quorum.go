@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/estran/estran/raftmeta/peer"
@@ -110,7 +111,7 @@ func (h *Host) openPeers() error {
 	var err error
 	h.peers, err = peer.New(peer.Config{ServerID: h.identity.serverID(), ClusterID: h.identity.cluster(), Founders: h.identity.Founders, Secret: h.cfg.Secret, TLS: h.cfg.TLS,
 		Features: map[string]peer.Levels{"entry": {state.EntryLevel, state.EntryLevel}, "snapshot": {state.SnapshotLevel, state.SnapshotLevel}},
-		Listener: h.cfg.PeerListener, Resolve: h.resolve, OnForward: h.onForward, StageDir: stage, Logger: h.cfg.Logger, Registerer: h.cfg.Registerer, Now: h.cfg.Now, Free: h.room,
+		Listener: h.cfg.PeerListener, Resolve: h.resolve, OnForward: h.onForward, OnBehind: h.onBehind, StageDir: stage, Logger: h.cfg.Logger, Registerer: h.cfg.Registerer, Now: h.cfg.Now, Free: h.room,
 		GetBuffer: record.GetBuffer, PutBuffer: record.PutBuffer})
 	return err
 }
@@ -241,6 +242,65 @@ func (h *Host) recordGroups() error {
 	}
 	h.recorded = now
 	return h.recordIdentity()
+}
+
+// rememberTime bounds how long a start waits for what others remember of this node: one that hangs is not waited for.
+const rememberTime = time.Second
+
+// askPeers asks all nodes of this cluster whose address is known who they are.
+func (h *Host) askPeers(ctx context.Context) (out []peer.Peer) {
+	ctx, cancel := context.WithTimeout(ctx, rememberTime)
+	defer cancel()
+	addrs := map[string]bool{}
+	for _, v := range h.cfg.Voters {
+		addrs[v.Addr] = v.ID != h.cfg.NodeID
+	}
+	for _, addr := range *h.seen.Load() {
+		addrs[addr] = true
+	}
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	for addr, other := range addrs {
+		if !other {
+			continue
+		}
+		wg.Go(func() {
+			p, err := h.peers.Ask(ctx, addr)
+			if err != nil || p.Cluster != h.identity.cluster() {
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			out = append(out, p)
+		})
+	}
+	wg.Wait()
+	return out
+}
+
+// notBehind refuses a directory that has less of the group than others remember of this node: it is an old copy, or its disk has lost what it had confirmed. With it this node might
+// vote twice in a term, or help to elect a leader without entries that it has acknowledged.
+func (g *group) notBehind() error {
+	last, err := g.log.LastIndex()
+	if err != nil {
+		return err
+	}
+	term, err := g.stable.ForRaft().GetUint64([]byte("CurrentTerm"))
+	if err != nil && !g.stable.Empty() {
+		return err
+	}
+	for _, p := range g.host.known {
+		if why := p.Known[uint32(g.id)].Behind(peer.Standing{Term: term, LastIndex: last}); why != "" {
+			return fmt.Errorf("%w: group %d: by what %s remembers %s", ErrBehind, g.id, p.Server, why)
+		}
+	}
+	return nil
+}
+
+// onBehind ends a node of which a peer remembers more than it has.
+func (h *Host) onBehind(group uint32, why string) {
+	h.cfg.Logger.Error("this node has lost writes", "event", "node.behind", "component", "raft", "group", group, "why", why)
+	h.cfg.OnFatal(fmt.Errorf("%w: group %d: %s", ErrBehind, group, why))
 }
 
 // announce tells meta, through whichever voter leads it, that this node has another incarnation than the founder of its number: until then nobody speaks to it.

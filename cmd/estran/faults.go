@@ -91,6 +91,8 @@ func dataDirFault(cfg *config, err error) error {
 		f.Code, f.Fix = "E_DATA_DIR_LOCKED", "stop the other process, or give this one a directory of its own with --data-dir"
 	case errors.Is(err, raftmeta.ErrRecovering):
 		f.Code, f.Fix = "E_RECOVERING", "run estran recover again: it goes on where it stopped"
+	case errors.Is(err, raftmeta.ErrBehind):
+		f.Code, f.Fix = "E_DATA_DIR_BEHIND", fmt.Sprintf("is it an old copy? Put the last one back. Else empty %s and start the node again: it comes as a new voter, and gets all from the others", cfg.Node.DataDir)
 	case errors.Is(err, raftmeta.ErrForeign):
 		f.Code, f.Fix = "E_DATA_DIR_FOREIGN", "give the node an empty directory with --data-dir; nothing was changed in this one"
 	case errors.Is(err, fs.ErrPermission):
@@ -109,6 +111,8 @@ func diskFault(cfg *config, err error) error {
 	switch {
 	case errors.Is(err, raftmeta.ErrRemoved):
 		return removedFault(cfg, err)
+	case errors.Is(err, raftmeta.ErrBehind):
+		return dataDirFault(cfg, err)
 	case errors.Is(err, errFenced):
 		return fencedFault(cfg, err)
 	case errors.Is(err, raftlog.ErrHung):

@@ -85,6 +85,7 @@ func (frozen) Release() {}
 
 // node is a voter of one group over the real log and this transport.
 type node struct {
+	behind func(group uint32, why string) // may be nil
 	t      testing.TB
 	net    *network
 	id     string
@@ -130,7 +131,7 @@ func (n *node) start(first []raft.Server) {
 			n.t.Fatal(err)
 		}
 	}
-	pc := Config{ServerID: n.id, ClusterID: "c", Secret: []byte("secret"), TLS: n.tls, Listener: l, Resolve: n.net.resolve, Dial: n.net.dialer(n.id), StageDir: n.dir, Now: n.now, Free: n.free,
+	pc := Config{ServerID: n.id, ClusterID: "c", Secret: []byte("secret"), TLS: n.tls, Listener: l, Resolve: n.net.resolve, Dial: n.net.dialer(n.id), StageDir: n.dir, Now: n.now, Free: n.free, OnBehind: n.behind,
 		GetBuffer: func(k int) []byte { return make([]byte, k) }, PutBuffer: func(b []byte) {
 			n.back.Add(1)
 			for i := range b { // whoever still looks at it sees that it is something else now

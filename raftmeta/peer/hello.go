@@ -89,7 +89,9 @@ type welcome struct {
 	Clock    int64             `json:"clock,omitempty"`
 	Version  int               `json:"version,omitempty"`
 	Features map[string]Levels `json:"features,omitempty"`
-	Error    string            `json:"error,omitempty"`
+	// Known is how far the dialer has been in its groups, as the listener remembers it.
+	Known map[uint32]Standing `json:"known,omitempty"`
+	Error string              `json:"error,omitempty"`
 	// Gone: the error is that this is not the target.
 	Gone bool `json:"gone,omitempty"`
 }
@@ -223,6 +225,7 @@ func (p *Peers) introduce(c net.Conn, target string, cl class) error {
 	if skew := time.UnixMilli(w.Clock).Sub(p.cfg.Now().Round(0)); skew.Abs() > skewTold {
 		p.cfg.Logger.Warn("a peer's clock differs from this node's", "event", "clock.skew", "component", "peer", "peer", target, "ahead", skew)
 	}
+	p.recall(&w)
 	return c.SetDeadline(time.Time{})
 }
 
@@ -284,6 +287,8 @@ func (p *Peers) accepts(c net.Conn, w *welcome) error {
 type Peer struct {
 	Server, Cluster string
 	Founders        []string
+	// Known is how far this node has been in its groups, as the peer remembers it.
+	Known map[uint32]Standing
 }
 
 // Ask asks who listens at an address.
@@ -296,7 +301,7 @@ func (p *Peers) Ask(ctx context.Context, addr string) (Peer, error) {
 	}
 	defer c.Close()
 	w, err := p.speak(c, "", classAsk)
-	return Peer{w.Server, w.Cluster, w.Founders}, err
+	return Peer{w.Server, w.Cluster, w.Founders, w.Known}, err
 }
 
 // receive is the listener's side. Nothing that it says before the dialer's proof depends on this node but a nonce.
@@ -331,7 +336,7 @@ func (p *Peers) receive(c net.Conn) (from string, cl class, err error) {
 		return "", "", errors.Join(fmt.Errorf("%w: %s calls itself %q and does not share this node's secret", ErrStranger, c.RemoteAddr(), d.Server), t.say(stepDenied, nil))
 	}
 	version, why := p.judge(c, &d)
-	if err := p.welcome(t, version, why); err != nil || why != nil {
+	if err := p.welcome(t, d.Server, version, why); err != nil || why != nil {
 		return "", "", errors.Join(why, err)
 	}
 	return d.Server, d.Class, c.SetDeadline(time.Time{})
@@ -362,9 +367,9 @@ func (p *Peers) judge(c net.Conn, d *hello) (version int, err error) {
 }
 
 // welcome answers a dialer whose proof was right, and proves in its turn.
-func (p *Peers) welcome(t *talk, version int, why error) error {
+func (p *Peers) welcome(t *talk, dialer string, version int, why error) error {
 	cluster := p.cluster.Load()
-	s, w := stepWelcome, welcome{Cluster: cluster.id, Founders: cluster.founders, Server: p.cfg.ServerID, Clock: p.cfg.Now().UnixMilli(), Version: version, Features: p.cfg.Features}
+	s, w := stepWelcome, welcome{Cluster: cluster.id, Founders: cluster.founders, Server: p.cfg.ServerID, Clock: p.cfg.Now().UnixMilli(), Version: version, Features: p.cfg.Features, Known: p.memory.of(dialer)}
 	if why != nil {
 		s, w = stepRefusal, welcome{Error: why.Error(), Gone: errors.Is(why, errNotTarget)}
 	}

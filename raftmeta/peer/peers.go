@@ -38,6 +38,8 @@ type Config struct {
 	OnForward func(ctx context.Context, group uint32, body []byte) ([]byte, error)
 	// StageDir is where snapshots are put together before raft sees them.
 	StageDir string
+	// OnBehind is called when a peer remembers that this node has been further in a group than it is; why says in words what is missing. nil = nobody is told.
+	OnBehind func(group uint32, why string)
 
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
@@ -64,6 +66,8 @@ type Peers struct {
 
 	reportMu sync.RWMutex
 	reports  map[string]Report // by server ID
+	memory   memory
+	recalls  atomic.Int64 // groups in recalled
 
 	mu     sync.Mutex
 	groups map[uint32]*Transport
@@ -72,6 +76,8 @@ type Peers struct {
 	// strangers are those of in that have not shown who they are, oldest first.
 	strangers []*inbound
 	closed    bool
+	// recalled is what peers remember of groups that were not open yet.
+	recalled map[uint32]map[string]Standing
 }
 
 type membership struct {
@@ -142,7 +148,7 @@ func newPeers(cfg Config, t times) (*Peers, error) {
 			return nil, fmt.Errorf("%w: %s", ErrOpen, cfg.Listener.Addr())
 		}
 	}
-	p := &Peers{cfg: cfg, times: t, reports: map[string]Report{}, groups: map[uint32]*Transport{}, links: map[linkKey]*link{}, in: map[*inbound]struct{}{}, m: newMetrics(cfg.Registerer), forwards: make(chan struct{}, forwardsMax)}
+	p := &Peers{cfg: cfg, times: t, reports: map[string]Report{}, groups: map[uint32]*Transport{}, links: map[linkKey]*link{}, recalled: map[uint32]map[string]Standing{}, in: map[*inbound]struct{}{}, m: newMetrics(cfg.Registerer), forwards: make(chan struct{}, forwardsMax)}
 	if cfg.TLS != nil {
 		var err error
 		if p.identity, err = newIdentity(*cfg.TLS, cfg.ServerID); err != nil {
@@ -261,6 +267,9 @@ func (p *Peers) proven(x *inbound) error {
 			p.wg.Go(o.abort)
 		}
 	}
+	if x.cl == classBeat {
+		p.wg.Go(func() { p.askBack(x.from) })
+	}
 	return nil
 }
 
@@ -299,7 +308,10 @@ func (p *Peers) lost(from string) {
 }
 
 // Standing is where a server's instance of a group is.
-type Standing struct{ Term, LastIndex uint64 }
+type Standing struct {
+	Term      uint64 `json:"term,omitempty"`
+	LastIndex uint64 `json:"index,omitempty"`
+}
 
 // Standings asks servers, each after the call began, where their instances of a group are. It returns what those said that answered before ctx ended; it ends as soon as `enough`
 // says so.

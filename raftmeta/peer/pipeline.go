@@ -184,6 +184,7 @@ func (p *pipeline) answered(fs []*future, b []byte, err error) {
 		f.err = err
 		if err == nil {
 			p.t.contact.heard(p.target)
+			p.t.p.memory.note(p.target, p.t.g.ID, standingIn(f.req, f.resp))
 			p.t.track(p.target, f.req, f.resp)
 		}
 		close(f.done)

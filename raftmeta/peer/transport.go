@@ -224,6 +224,7 @@ func (t *Transport) AppendEntries(_ raft.ServerID, target raft.ServerAddress, a 
 		return err
 	}
 	t.contact.heard(string(target))
+	t.p.memory.note(string(target), t.g.ID, standingIn(a, resp))
 	t.track(string(target), a, resp)
 	return nil
 }
@@ -320,7 +321,11 @@ func (t *Transport) small(target raft.ServerAddress, k kind, req, resp any) erro
 
 // RequestVote implements raft.Transport.
 func (t *Transport) RequestVote(_ raft.ServerID, target raft.ServerAddress, a *raft.RequestVoteRequest, resp *raft.RequestVoteResponse) error {
-	return t.small(target, kindVote, a, resp)
+	err := t.small(target, kindVote, a, resp)
+	if err == nil {
+		t.p.memory.note(string(target), t.g.ID, Standing{Term: resp.Term})
+	}
+	return err
 }
 
 // RequestPreVote implements raft.WithPreVote.
@@ -335,6 +340,9 @@ func (t *Transport) TimeoutNow(_ raft.ServerID, target raft.ServerAddress, a *ra
 
 // handle answers a message of a peer.
 func (t *Transport) handle(x *inbound, m *message) ([]byte, error) {
+	if t.p.recalls.Load() > 0 {
+		t.lateRecall()
+	}
 	switch m.kind {
 	case kindAppend:
 		return t.handleAppend(x, m)
@@ -455,12 +463,18 @@ func (t *Transport) lift(a *raft.AppendEntriesRequest) {
 // standingOf answers a term question; it is refused if there is no instance.
 func (p *Peers) standingOf(group uint32) []byte {
 	if t := p.group(group); t != nil {
-		last, err := t.g.Log.LastIndex()
-		if term, ok := t.g.Term(); ok && err == nil {
-			return encodeStanding(Standing{term, last})
+		if s, ok := t.standing(); ok {
+			return encodeStanding(s)
 		}
 	}
 	return []byte{statusRefused}
+}
+
+// standing is where this node's instance is; ok is false while there is none.
+func (t *Transport) standing() (s Standing, ok bool) {
+	last, err := t.g.Log.LastIndex()
+	term, ok := t.g.Term()
+	return Standing{term, last}, ok && err == nil
 }
 
 func encodeStanding(s Standing) []byte {

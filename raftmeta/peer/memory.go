@@ -1,0 +1,113 @@
+package peer
+
+import (
+	"fmt"
+	"maps"
+	"sync"
+
+	"github.com/hashicorp/raft"
+)
+
+// memory is how far each server has come in each group by what it has answered since this node started: a term that it has adopted, and the last entry that it holds and that was committed,
+// so that no later leader may replace it. Both were durable when it answered. A server that is behind that has lost writes: its data directory is an old copy, or its disk has not kept what
+// it said it had. It may have voted, and have made a majority, and know of neither any more.
+type memory struct {
+	mu sync.Mutex
+	m  map[string]map[uint32]Standing
+}
+
+// note takes over what is higher than what is known.
+func (m *memory) note(server string, group uint32, s Standing) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	of := m.m[server]
+	if of == nil {
+		if m.m == nil {
+			m.m = map[string]map[uint32]Standing{}
+		}
+		of = map[uint32]Standing{}
+		m.m[server] = of
+	}
+	old := of[group]
+	if s.Term > old.Term || s.LastIndex > old.LastIndex {
+		of[group] = Standing{max(s.Term, old.Term), max(s.LastIndex, old.LastIndex)}
+	}
+}
+
+func (m *memory) of(server string) map[uint32]Standing {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return maps.Clone(m.m[server])
+}
+
+// standingIn is what the answer to an append says of the server.
+func standingIn(a *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) Standing {
+	s := Standing{Term: resp.Term}
+	if resp.Success && !isBeat(a) {
+		s.LastIndex = min(a.PrevLogEntry+uint64(len(a.Entries)), a.LeaderCommitIndex)
+	}
+	return s
+}
+
+// Behind says what s, where a server stands, lacks of what is known of it; "" if nothing.
+func (known Standing) Behind(s Standing) string {
+	switch {
+	case s.Term < known.Term:
+		return fmt.Sprintf("it was in term %d, and is in term %d", known.Term, s.Term)
+	case s.LastIndex < known.LastIndex:
+		return fmt.Sprintf("it had %d entries that were committed, and has %d", known.LastIndex, s.LastIndex)
+	}
+	return ""
+}
+
+// askBack asks a peer that has connected what it remembers of this node: followers do not connect to each other, nor to their leader.
+func (p *Peers) askBack(server string) {
+	c, err := p.dial(server)
+	if err != nil {
+		return // it asks again with the next connection
+	}
+	defer c.Close()
+	w, err := p.speak(c, server, classAsk)
+	if err == nil && w.Server == server && w.Cluster == p.cluster.Load().id {
+		p.recall(&w)
+	}
+}
+
+// recall compares what a peer remembers of this node with where its groups stand; for a group that is not there yet, when it hears its first message.
+func (p *Peers) recall(w *welcome) {
+	for group, known := range w.Known {
+		if t := p.group(group); t != nil && t.compare(w.Server, known) {
+			continue
+		}
+		p.mu.Lock()
+		of := p.recalled[group]
+		if of == nil {
+			of = map[string]Standing{}
+			p.recalled[group] = of
+		}
+		of[w.Server] = known
+		p.recalls.Store(int64(len(p.recalled)))
+		p.mu.Unlock()
+	}
+}
+
+// compare tells whoever wants to know that this instance is behind; it reports false while there is none.
+func (t *Transport) compare(peer string, known Standing) bool {
+	s, ok := t.standing()
+	if why := known.Behind(s); ok && why != "" && t.p.cfg.OnBehind != nil {
+		t.p.cfg.OnBehind(t.g.ID, fmt.Sprintf("by what %s remembers %s", peer, why))
+	}
+	return ok
+}
+
+// lateRecall does what recall could not.
+func (t *Transport) lateRecall() {
+	t.p.mu.Lock()
+	left := t.p.recalled[t.g.ID]
+	delete(t.p.recalled, t.g.ID)
+	t.p.recalls.Store(int64(len(t.p.recalled)))
+	t.p.mu.Unlock()
+	for peer, known := range left {
+		_ = t.compare(peer, known) // a message for an instance comes when it is there
+	}
+}

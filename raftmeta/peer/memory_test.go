@@ -1,0 +1,76 @@
+package peer
+
+import (
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/hashicorp/raft"
+)
+
+// Only what a server holds durably and for ever is remembered of it: its term, and what it confirmed and was committed.
+func TestWhatIsRemembered(t *testing.T) {
+	entries := []*raft.Log{{Index: 6}, {Index: 7}, {Index: 8}}
+	for _, c := range []struct {
+		name string
+		a    raft.AppendEntriesRequest
+		resp raft.AppendEntriesResponse
+		want Standing
+	}{
+		{"committed in part", raft.AppendEntriesRequest{PrevLogEntry: 5, PrevLogTerm: 1, Entries: entries, LeaderCommitIndex: 7}, raft.AppendEntriesResponse{Term: 3, Success: true, LastLog: 9}, Standing{3, 7}},
+		{"not all of what is committed", raft.AppendEntriesRequest{PrevLogEntry: 5, PrevLogTerm: 1, Entries: entries, LeaderCommitIndex: 70}, raft.AppendEntriesResponse{Term: 3, Success: true, LastLog: 8}, Standing{3, 8}},
+		{"refused", raft.AppendEntriesRequest{PrevLogEntry: 5, PrevLogTerm: 1, Entries: entries, LeaderCommitIndex: 7}, raft.AppendEntriesResponse{Term: 4, LastLog: 9}, Standing{4, 0}},
+		{"heartbeat", raft.AppendEntriesRequest{}, raft.AppendEntriesResponse{Term: 3, Success: true, LastLog: 9}, Standing{3, 0}},
+	} {
+		if got := standingIn(&c.a, &c.resp); got != c.want {
+			t.Errorf("%s: %+v, want %+v", c.name, got, c.want)
+		}
+	}
+	var m memory
+	for _, s := range []Standing{{3, 7}, {4, 0}, {2, 9}, {1, 1}} {
+		m.note("a", 1, s)
+	}
+	known := m.of("a")[1]
+	if known != (Standing{4, 9}) || m.of("b") != nil {
+		t.Errorf("%+v is remembered", known)
+	}
+	for s, behind := range map[Standing]bool{{4, 9}: false, {5, 10}: false, {3, 10}: true, {5, 8}: true} {
+		if why := known.Behind(s); (why != "") != behind {
+			t.Errorf("%+v: %q", s, why)
+		}
+	}
+}
+
+// A node learns, whenever it connects, that a peer remembers more of it than it has; and nothing of the kind while all is well, through elections and catching up.
+func TestWhoIsBehindIsTold(t *testing.T) {
+	c := newCluster(t, 3, false)
+	var told atomic.Pointer[string]
+	for _, n := range c.nodes {
+		n.stop()
+		n.behind = func(_ uint32, why string) { told.Store(&why) }
+	}
+	for _, n := range c.nodes {
+		n.start(c.first)
+	}
+	c.write(0, 20, func(uint64) int { return 1000 })
+	for _, n := range c.nodes {
+		n.stop()
+		n.start(c.first)
+		c.write(20, 21, func(uint64) int { return 1000 })
+	}
+	if why := told.Load(); why != nil {
+		t.Fatalf("all is well, and one is told: %s", *why)
+	}
+	a, b := c.nodes[0], c.nodes[1]
+	last, err := b.log.LastIndex()
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.peers.memory.note(b.id, 1, Standing{LastIndex: last + 1000})
+	b.stop() // its connections are made again
+	b.start(c.first)
+	eventually(t, "it to be told", func() bool { return told.Load() != nil })
+	if why := *told.Load(); !strings.Contains(why, a.id) {
+		t.Errorf("it is told %q", why)
+	}
+}
