@@ -62,13 +62,13 @@ func (p *filler) advance(pos, size int64) {
 
 func share(pos, size int64) int64 { return pos * whole / size }
 
-// keepPace returns when the file in the making, of size bytes, may be written to at off. Somebody who waits for it makes it at once.
+// keepPace returns when the file in the making, of size bytes, may be written to at off. It does so at once if somebody waits for the file, or if records are refused until it is there.
 func (p *filler) keepPace(off, size int64, stop <-chan struct{}) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.resume.Store((share(off, size) - fillAhead) * 4 / 5)
 	defer p.resume.Store(whole + 1)
-	for p.want == 0 && p.used.Load() < p.resume.Load() && !stopped(stop) {
+	for p.want == 0 && !p.noSpace.Load() && p.used.Load() < p.resume.Load() && !stopped(stop) {
 		p.cond.Wait()
 	}
 	if stopped(stop) {

@@ -76,3 +76,31 @@ func TestFilesAreMadeAtThePaceOfUse(t *testing.T) {
 		}
 	})
 }
+
+// A disk that was full and has room again is noticed while nothing is written: records are refused until then.
+func TestSpaceIsRegainedWithoutWrites(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		fs := newMemFS()
+		l := open(t, fs, func(c *Config) { c.FileBytes = 8 << 20 })
+		store(t, l, command(1, 1, 5, 10))
+		synctest.Wait()
+		fs.mu.Lock()
+		fs.space = 100 << 10 // not a chunk
+		fs.mu.Unlock()
+		for i := uint64(2); !l.NoSpace(); i++ {
+			if l.pos > l.cur.size*3/4 {
+				t.Fatal("the filler has not noticed that the disk is full")
+			}
+			store(t, l, command(i, 1, 5, 10_000))
+			synctest.Wait()
+		}
+		fs.addSpace(64 << 20)
+		for range 10 {
+			time.Sleep(spaceRetry)
+			synctest.Wait()
+		}
+		if l.NoSpace() {
+			t.Error("the log still says that the disk is full")
+		}
+	})
+}
