@@ -1,0 +1,255 @@
+package localstack
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+// dump is what a node says of topics, their configuration and the offsets of a group, by itself.
+func dump(ctx context.Context, t *testing.T, n *Node, group string) (string, error) {
+	t.Helper()
+	cl := client(t, n)
+	adm := kadm.NewClient(cl)
+	m, err := adm.Metadata(ctx)
+	if err != nil {
+		return "", err
+	}
+	var b strings.Builder
+	names := slices.Sorted(func(yield func(string) bool) {
+		for name := range m.Topics {
+			if !yield(name) {
+				return
+			}
+		}
+	})
+	for _, name := range names {
+		topic := m.Topics[name]
+		fmt.Fprintln(&b, "topic", name, topic.ID, len(topic.Partitions))
+	}
+	configs, err := adm.DescribeTopicConfigs(ctx, names...)
+	if err != nil {
+		return "", err
+	}
+	for _, name := range names {
+		c, err := configs.On(name, nil)
+		if err != nil {
+			return "", err
+		}
+		for _, x := range c.Configs {
+			fmt.Fprintln(&b, "config", name, x.Key, x.MaybeValue())
+		}
+	}
+	if group != "" {
+		offsets, err := adm.FetchOffsets(ctx, group)
+		if err != nil {
+			return "", err
+		}
+		for _, o := range offsets.Sorted() {
+			fmt.Fprintln(&b, "offset", o.Topic, o.Partition, o.At, o.Metadata)
+		}
+	}
+	return b.String(), nil
+}
+
+// fill makes topics with configurations and a group with offsets, and returns the dump that every node gives of them.
+func fill(t *testing.T, nodes []*Node) string {
+	t.Helper()
+	adm := kadm.NewClient(client(t, nodes[0]))
+	for i := range 12 {
+		value := strconv.Itoa(1 << (20 + i))
+		r, err := adm.CreateTopic(t.Context(), int32(1+i%3), 3, map[string]*string{"retention.bytes": &value, "retention.ms": kadm.StringPtr("86400000")}, fmt.Sprintf("topic-%02d", i))
+		if err != nil || r.Err != nil {
+			t.Fatal(err, r.Err)
+		}
+	}
+	altered, err := adm.AlterTopicConfigs(t.Context(), []kadm.AlterConfig{{Name: "max.message.bytes", Value: kadm.StringPtr("2000000")}}, "topic-03")
+	if err != nil || altered[0].Err != nil {
+		t.Fatal(err, altered)
+	}
+	gone, err := adm.DeleteTopic(t.Context(), "topic-05")
+	if err != nil || gone.Err != nil {
+		t.Fatal(err, gone.Err)
+	}
+	for i := range 30 {
+		if err := client(t, nodes[i%3]).ProduceSync(t.Context(), &kgo.Record{Topic: "topic-02", Value: []byte("v")}).FirstErr(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	offsets := kadm.Offsets{}
+	for p := range int32(3) {
+		offsets.Add(kadm.Offset{Topic: "topic-02", Partition: p, At: int64(p) + 1, Metadata: fmt.Sprint("m", p)})
+	}
+	until(t, "the offsets to be committed", func() bool {
+		r, err := adm.CommitOffsets(t.Context(), "g", offsets)
+		return err == nil && r.Error() == nil
+	})
+	var want string
+	for _, n := range nodes {
+		until(t, "every node to say the same", func() bool {
+			got, err := dump(t.Context(), t, n, "g")
+			if want == "" {
+				want = got
+			}
+			return err == nil && got == want
+		})
+	}
+	if !strings.Contains(want, "config topic-03 max.message.bytes 2000000") || !strings.Contains(want, "offset topic-02 2 3 m2") || strings.Contains(want, "topic-05") {
+		t.Fatal(want)
+	}
+	return want
+}
+
+// Rows 21, 23 and 27: what is known of topics, configurations and offsets is the same after a kill -9 of all, and at a voter that came back without its disk.
+func TestMetadataSurvives(t *testing.T) {
+	nodes := startQuorum(t, 3)
+	want := fill(t, nodes)
+	for _, n := range nodes {
+		if err := n.Kill(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	startAll(t, nodes)
+	same := func(when string) {
+		for i, n := range nodes {
+			got := ""
+			until(t, when+": a dump of every node", func() (ok bool) {
+				var err error
+				got, err = dump(t.Context(), t, n, "g")
+				return err == nil && got == want
+			})
+			if got != want {
+				t.Errorf("%s: node %d says\n%s\nwant\n%s", when, i+1, got, want)
+			}
+		}
+	}
+	same("after a kill of all")
+	if err := nodes[2].Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := nodes[2].Wipe(); err != nil {
+		t.Fatal(err)
+	}
+	startAll(t, nodes[2:])
+	same("after a wipe")
+}
+
+// Row 25: a node says what it knows of topics and configurations though there is no majority, let alone a leader of meta: the others are stopped.
+func TestMetadataWithoutAMajority(t *testing.T) {
+	nodes := startQuorum(t, 3)
+	fill(t, nodes)
+	want, err := dump(t.Context(), t, nodes[2], "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range nodes[:2] {
+		if err := syscall.Kill(n.PID, syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	got, err := dump(ctx, t, nodes[2], "")
+	if err != nil || got != want {
+		t.Errorf("%v\n%s\nwant\n%s", err, got, want)
+	}
+	for _, n := range nodes[:2] {
+		if err := syscall.Kill(n.PID, syscall.SIGCONT); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// readiness is what /readyz says.
+func readiness(n *Node) (code int, body string) {
+	resp, err := http.Get("http://" + n.HTTP + "/readyz?verbose")
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer resp.Body.Close()
+	b, _ := io.ReadAll(resp.Body) // what came of it is shown
+	return resp.StatusCode, string(b)
+}
+
+// Row 52: a node is ready while it knows leaders, and says what is missing while it does not: its majority is stopped, or it drains.
+func TestReadiness(t *testing.T) {
+	nodes := startQuorum(t, 3)
+	n := nodes[0]
+	is := func(what string, code int, parts ...string) {
+		t.Helper()
+		var got int
+		var body string
+		until(t, what, func() bool {
+			got, body = readiness(n)
+			if got != code {
+				return false
+			}
+			for _, p := range parts {
+				if !strings.Contains(body, p) {
+					return false
+				}
+			}
+			return true
+		})
+	}
+	is("it to be ready", 200, "[+]")
+	for _, o := range nodes[1:] {
+		if err := syscall.Kill(o.PID, syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+	}
+	is("it to miss its majority", 503, "[-]")
+	for _, o := range nodes[1:] {
+		if err := syscall.Kill(o.PID, syscall.SIGCONT); err != nil {
+			t.Fatal(err)
+		}
+	}
+	is("it to be ready again", 200, "[+]")
+}
+
+// Row 16: idle partitions cost nothing that runs: with 10,000 of them as many goroutines and no more messages between voters than with ten.
+func TestIdlePartitionsAreFree(t *testing.T) {
+	nodes := startQuorum(t, 3)
+	n := nodes[0]
+	createReplicated(t, n, "few", 10, 3)
+	all := func(name string) (sum float64) { // whoever leads
+		for _, n := range nodes {
+			sum += metric(t, n, name)
+		}
+		return sum
+	}
+	rest := func() (messages, goroutines float64) {
+		before := -1.0
+		until(t, "the logs to be idle", func() bool { // what a change of topics leaves to do is done
+			was := before
+			before = all("estran_raft_applied_index")
+			return was == before
+		})
+		from, began := all("estran_raft_rpc_total"), time.Now()
+		<-time.After(5 * time.Second) // what is measured is a period
+		return (all("estran_raft_rpc_total") - from) / time.Since(began).Seconds(), all("go_goroutines ")
+	}
+	messages, goroutines := rest()
+	adm := kadm.NewClient(client(t, n))
+	for i := range 10 {
+		r, err := adm.CreateTopic(t.Context(), 1000, 3, nil, fmt.Sprint("many-", i))
+		if err != nil || r.Err != nil {
+			t.Fatal(err, r.Err)
+		}
+	}
+	many, routines := rest()
+	t.Logf("messages a second %.0f and %.0f, goroutines %.0f and %.0f", messages, many, goroutines, routines)
+	if many > 1.5*messages+20 || routines > goroutines+150 {
+		t.Errorf("with ten partitions %.0f messages a second and %.0f goroutines, with 10,000 more %.0f and %.0f", messages, goroutines, many, routines)
+	}
+}
