@@ -1,14 +1,12 @@
 package localstack
 
 import (
-	"bufio"
 	"context"
+	"errors"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -16,40 +14,14 @@ import (
 // inject makes strace fail or interrupt the node's system calls from now on, as expr says. The node goes on without it when the test ends.
 func inject(t *testing.T, n *Node, call, expr string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
-	cmd := exec.CommandContext(ctx, "strace", "-f", "-p", strconv.Itoa(n.PID), "-o", filepath.Join(t.TempDir(), "trace"), "-e", "trace="+call, "-e", "inject="+call+":"+expr)
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) } // it lets the node go
-	cmd.WaitDelay = 10 * time.Second
-	pipe, err := cmd.StderrPipe()
-	if err == nil {
-		err = cmd.Start()
+	i, err := Inject(n.PID, call, expr, filepath.Join(t.TempDir(), "trace"), 2*time.Minute)
+	if errors.Is(err, ErrNoInjection) {
+		t.Skip(err)
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	said, done := make(chan string, 1), make(chan struct{})
-	go func() {
-		defer close(done)
-		for sc := bufio.NewScanner(pipe); sc.Scan(); {
-			select {
-			case said <- sc.Text():
-			default:
-			}
-		}
-		_ = cmd.Wait() // killed by us, or over with the node
-	}()
-	t.Cleanup(func() {
-		cancel()
-		<-done
-	})
-	select {
-	case line := <-said:
-		if !strings.Contains(line, "attached") {
-			t.Skip("strace cannot attach here: ", line)
-		}
-	case <-done:
-		t.Skip("strace cannot attach here")
-	}
+	t.Cleanup(i.End)
 }
 
 // A system call of the log fails in a real node under load, or the process dies in it: the node ends and says why, and after a restart

@@ -149,7 +149,7 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 	if err != nil {
 		return err
 	}
-	w := &world{cluster, network, store, rng}
+	w := &world{cluster, network, store, rng, func() (int32, error) { return load.leader(ctx) }}
 	var failed error
 	for range rounds {
 		n := kinds[rng.IntN(len(kinds))]

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -21,6 +22,8 @@ type world struct {
 	network *localstack.Network
 	store   *localstack.Double
 	rng     *rand.Rand
+	// leader is the voter that leads partition 0, from 1.
+	leader func() (int32, error)
 }
 
 // nemesis brings a fault about; errUnavailable says that this machine cannot. hit reports whether it has taken effect; heal undoes it and returns when the processes serve, its errors
@@ -30,14 +33,18 @@ type nemesis struct {
 	begin func(*world) (what string, hit func() bool, heal func(context.Context) error, err error)
 }
 
-var nemeses = []nemesis{{"none", none}, {"kill", kill(1)}, {"kill-majority", kill(2)}, {"kill-all", kill(3)}, {"wipe", wipe}, {"pause", pause},
+var nemeses = []nemesis{{"none", none}, {"kill", kill(1)}, {"kill-majority", kill(2)}, {"kill-all", kill(3)}, {"kill-leader", killLeader}, {"wipe", wipe}, {"pause", pause}, {"flap", flap},
+	{"fsync-fails", inject("fdatasync", "error=EIO:when=3+", true)}, {"fsync-slow", inject("fdatasync", "delay_enter=100000", false)}, {"write-fails", inject("pwritev", "error=EIO:when=3+", true)},
+	{"disk-full", inject("pwritev", "error=ENOSPC:when=3+", true)}, {"killed-in-fsync", inject("fdatasync", "signal=SIGKILL:when=3", true)}, {"killed-in-write", inject("pwritev", "signal=SIGKILL:when=3", true)},
 	{"partition", cut(localstack.Swallowed, func(a, b, c int) [][2]int { return [][2]int{{a, b}, {b, a}, {a, c}, {c, a}} })},
 	{"partition-held", cut(localstack.Held, func(a, b, c int) [][2]int { return [][2]int{{a, b}, {b, a}, {a, c}, {c, a}} })},
 	{"one-way", cut(localstack.Swallowed, func(a, b, c int) [][2]int { return [][2]int{{a, b}, {a, c}} })},
 	{"bridge", cut(localstack.Swallowed, func(a, b, _ int) [][2]int { return [][2]int{{a, b}, {b, a}} })},
 	{"store-down", script(localstack.Step{Reset: true})}, {"store-503", script(localstack.Step{Status: 503, Code: "SlowDown"})},
 	{"store-silent", script(localstack.Step{Silent: true, Times: 3})}, {"store-flipped-put", script(localstack.Step{Op: "put", Flip: 100, Times: 3})},
-	{"store-lost-reply", script(localstack.Step{Op: "put", Reset: true, Effect: true, Times: 5})}}
+	{"store-lost-reply", script(localstack.Step{Op: "put", Reset: true, Effect: true, Times: 5})}, {"store-500-done", script(localstack.Step{Op: "put", Status: 500, Code: "InternalError", Effect: true, Times: 5})},
+	{"store-cut-get", script(localstack.Step{Op: "get", Cut: 100, Times: 3})}, {"store-flipped-get", script(localstack.Step{Op: "get", Flip: 100, Times: 3})},
+	{"store-stalled-get", script(localstack.Step{Op: "get", Stall: 100, Times: 2})}, {"store-whole-get", script(localstack.Step{Op: "get", Whole: true, Times: 3})}}
 
 func none(*world) (string, func() bool, func(context.Context) error, error) {
 	return "nothing", func() bool { return true }, func(context.Context) error { return nil }, nil
@@ -63,23 +70,103 @@ func kill(count int) func(*world) (string, func() bool, func(context.Context) er
 	return func(w *world) (what string, hit func() bool, heal func(context.Context) error, err error) {
 		var nodes []*localstack.Node
 		for _, i := range w.rng.Perm(len(w.cluster.Nodes))[:count] {
-			what += fmt.Sprintf(" %d", i+1)
 			nodes = append(nodes, w.cluster.Nodes[i])
 		}
+		return killNodes(nodes...)
+	}
+}
+
+func killNodes(nodes ...*localstack.Node) (what string, hit func() bool, heal func(context.Context) error, err error) {
+	for _, n := range nodes {
+		what += " " + n.Kafka
+		if err := n.Kill(); err != nil {
+			return what, nil, nil, err
+		}
+	}
+	dead := func() bool {
 		for _, n := range nodes {
-			if err := n.Kill(); err != nil {
-				return what, nil, nil, err
+			if n.Alive() {
+				return false
 			}
 		}
-		dead := func() bool {
-			for _, n := range nodes {
-				if n.Alive() {
-					return false
-				}
+		return true
+	}
+	return "kill -9" + what, dead, func(ctx context.Context) error { return restart(ctx, nodes) }, nil
+}
+
+// killLeader kills the voter that leads partition 0.
+func killLeader(w *world) (string, func() bool, func(context.Context) error, error) {
+	leader, err := w.leader()
+	if err != nil {
+		return "", nil, nil, err
+	}
+	return killNodes(w.cluster.Nodes[leader-1])
+}
+
+// flap stops one voter after another for a little longer than an election takes: leaders change all the time.
+func flap(w *world) (string, func() bool, func(context.Context) error, error) {
+	ctx, stop := context.WithCancel(context.Background())
+	var stops atomic.Int64
+	done := make(chan error, 1)
+	first := w.rng.IntN(len(w.cluster.Nodes))
+	go func() {
+		for i := first; ctx.Err() == nil; i++ {
+			pid := w.cluster.Nodes[i%len(w.cluster.Nodes)].PID
+			if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+				done <- err
+				return
 			}
-			return true
+			stops.Add(1)
+			select {
+			case <-time.After(900 * time.Millisecond):
+			case <-ctx.Done():
+			}
+			if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
+				done <- err
+				return
+			}
 		}
-		return "kill -9" + what, dead, func(ctx context.Context) error { return restart(ctx, nodes) }, nil
+		done <- nil
+	}()
+	return fmt.Sprintf("stop one after another from %d on", first+1), func() bool { return stops.Load() >= 3 }, func(context.Context) error {
+		stop()
+		return <-done
+	}, nil
+}
+
+// inject makes system calls of a voter's log fail or wait. It is started again if it ends of that.
+func inject(call, expr string, ends bool) func(*world) (string, func() bool, func(context.Context) error, error) {
+	return func(w *world) (string, func() bool, func(context.Context) error, error) {
+		k := w.rng.IntN(len(w.cluster.Nodes))
+		n := w.cluster.Nodes[k]
+		trace, err := os.CreateTemp("", "estran-trace-")
+		if err != nil {
+			return "", nil, nil, err
+		}
+		forget := func() { _ = os.Remove(trace.Name()) } // it lies among temporary files
+		if err := trace.Close(); err != nil {
+			return "", nil, nil, err
+		}
+		i, err := localstack.Inject(n.PID, call, expr, trace.Name(), 2*patience)
+		if err != nil {
+			forget()
+			if errors.Is(err, localstack.ErrNoInjection) {
+				err = fmt.Errorf("%w: %w", errUnavailable, err)
+			}
+			return "", nil, nil, err
+		}
+		hit := func() bool { return i.Hits() > 0 }
+		if ends {
+			hit = func() bool { return !n.Alive() }
+		}
+		return fmt.Sprintf("%s of %d: %s", call, k+1, expr), hit, func(ctx context.Context) error {
+			i.End()
+			forget()
+			if n.Alive() {
+				return nil
+			}
+			return restart(ctx, []*localstack.Node{n})
+		}, nil
 	}
 }
 

@@ -76,11 +76,31 @@ func start(ctx context.Context, brokers []string) (*workload, error) {
 	for i := range readers {
 		w.run(func(cl *kgo.Client) { w.read(ctx, cl, int32(100+i)) }, kgo.ConsumePartitions(fromStart()), kgo.FetchMaxWait(200*time.Millisecond))
 	}
+	w.wg.Go(func() { w.readAgain(ctx, 150) })
 	for i := range members {
 		w.run(func(cl *kgo.Client) { w.join(ctx, cl, int32(200+i)) }, kgo.ConsumerGroup("g"), kgo.ConsumeTopics(topic), kgo.DisableAutoCommit(), kgo.BlockRebalanceOnPoll(),
 			kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()), kgo.FetchMaxWait(200*time.Millisecond), kgo.SessionTimeout(6*time.Second), kgo.HeartbeatInterval(time.Second))
 	}
 	return w, nil
+}
+
+// leader is the broker that leads partition 0.
+func (w *workload) leader(ctx context.Context) (leader int32, err error) {
+	cl, err := w.client()
+	if err != nil {
+		return 0, err
+	}
+	defer cl.Close()
+	if !until(func() bool {
+		m, e := kadm.NewClient(cl).Metadata(ctx, topic)
+		if err = e; err == nil {
+			leader = m.Topics[topic].Partitions[0].Leader
+		}
+		return leader > 0
+	}) {
+		return 0, fmt.Errorf("%w: nobody leads partition 0: %w", errStuck, err)
+	}
+	return leader, nil
 }
 
 func fromStart() map[string]map[int32]kgo.Offset {
@@ -163,6 +183,31 @@ func (w *workload) read(ctx context.Context, cl *kgo.Client, process int32) {
 	for ctx.Err() == nil {
 		began := w.now()
 		w.record(polled(process, began, w.now(), cl.PollFetches(ctx)))
+	}
+}
+
+// coldRecords is how much of the start is read again each time: it is sealed by then.
+const coldRecords = 2000
+
+// readAgain reads the start of the topic, again and again: from objects, once there are any.
+func (w *workload) readAgain(ctx context.Context, process int32) {
+	for ctx.Err() == nil {
+		cl, err := w.client(kgo.ConsumePartitions(fromStart()), kgo.FetchMaxWait(200*time.Millisecond), kgo.FetchMaxPartitionBytes(64<<10))
+		if err != nil {
+			panic(err) // options that contradict one another
+		}
+		w.record(check.Op{Process: process, Kind: check.Assign, Outcome: check.OK, Start: w.now(), End: w.now()})
+		for n := 0; n < coldRecords && ctx.Err() == nil; {
+			began := w.now()
+			fs := cl.PollRecords(ctx, coldRecords)
+			w.record(polled(process, began, w.now(), fs))
+			n += fs.NumRecords()
+		}
+		cl.Close()
+		select { // one that takes all it can get would take the processors too
+		case <-ctx.Done():
+		case <-time.After(100 * time.Millisecond):
+		}
 	}
 }
 
