@@ -106,9 +106,6 @@ func openGroup(h *Host, id record.ShardID, dir string) (*group, error) {
 	if err := g.openStores(dir); err != nil {
 		return nil, errors.Join(err, g.closeStores())
 	}
-	if err := g.notBehind(); err != nil {
-		return nil, errors.Join(err, g.closeStores())
-	}
 	last, err := g.log.LastIndex()
 	if err != nil {
 		return nil, errors.Join(err, g.closeStores())
@@ -182,6 +179,9 @@ func (g *group) openRaft() error {
 	cfg.NoLegacyTelemetry = true
 	cfg.Logger = newHclog(g.log_)
 	err := g.bootstrap(cfg)
+	if err == nil {
+		err = g.notBehind()
+	}
 	if err != nil {
 		return errors.Join(err, g.trans.Close())
 	}
