@@ -73,7 +73,8 @@ type group struct {
 
 	applied atomic.Uint64 // last index that the machine has seen, of any type
 	leads   atomic.Uint64 // term whose LeaderStart was applied and that this node leads; 0 = none
-	yields  atomic.Bool   // this node is handing the leadership over: raft takes no entries
+	yields  atomic.Int32  // transfers of the leadership that are under way: raft takes no entries
+	yielded atomic.Uint64 // the last term whose leadership was handed over
 	changed chan struct{} // poked when something was applied
 
 	patience patience // of balance, which runs once at a time
@@ -199,7 +200,6 @@ func (g *group) leadership() {
 	var lead sync.WaitGroup
 	end := func() {
 		g.leads.Store(0)
-		g.yields.Store(false)
 		if cancel != nil {
 			cancel()
 			cancel = nil

@@ -323,8 +323,8 @@ func (h *Host) Leader(s record.ShardID) (node int32, ok bool) {
 	if g == nil {
 		return -1, false
 	}
-	if g.leads.Load() > 0 {
-		if g.batcher.hung.Load() || g.yields.Load() || g.leaderServer() != g.self { // soon another one does
+	if term := g.leads.Load(); term > 0 {
+		if g.batcher.hung.Load() || g.yields.Load() > 0 || g.yielded.Load() == term || g.leaderServer() != g.self { // soon another one does
 			return -1, false
 		}
 		return h.cfg.NodeID, true

@@ -424,12 +424,16 @@ func (g *group) transportGroup() peer.Group {
 		}}
 }
 
-// transfer gives the leadership away. From now on this node is not named as the leader: clients would come back at once with what raft refuses.
+// transfer gives the leadership away. From now on this node is not named as the leader: clients would come back at once with what raft refuses. Several may be under way; raft refuses
+// all but the first.
 func (g *group) transfer(begin func() raft.Future) error {
-	g.yields.Store(true)
+	term := g.leads.Load()
+	g.yields.Add(1)
 	err := begin().Error()
-	if err != nil { // else the loss of the leadership ends it
-		g.yields.Store(false)
+	if err == nil {
+		g.yielded.Store(term)
+	}
+	if g.yields.Add(-1); err != nil {
 		g.host.poke()
 	}
 	return err

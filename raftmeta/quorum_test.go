@@ -430,21 +430,38 @@ func TestLeaderWhileItYields(t *testing.T) {
 	c := newTrio(t, 1)
 	c.start(0)
 	h := c.hosts[0]
-	decided, done := make(transferring), make(chan error, 1)
-	begun := make(chan struct{})
-	go func() {
-		done <- h.shardByID(1).transfer(func() raft.Future { close(begun); return decided })
-	}()
-	<-begun
-	if node, ok := h.Leader(1); ok {
-		t.Errorf("node %d leads while it hands over", node)
+	leads := func(when string, want bool) {
+		t.Helper()
+		if node, ok := h.Leader(1); ok != want {
+			t.Errorf("%s: node %d leads: %v", when, node, ok)
+		}
+	}
+	transfer := func() (decided transferring, done chan error) {
+		decided, done = make(transferring), make(chan error, 1)
+		begun := make(chan struct{})
+		go func() {
+			done <- h.shardByID(1).transfer(func() raft.Future { close(begun); return decided })
+		}()
+		<-begun
+		return decided, done
 	}
 	failed := errors.New("nobody takes it")
-	decided <- failed
-	if err := <-done; !errors.Is(err, failed) {
+	leads("before", true)
+	first, firstDone := transfer()
+	second, secondDone := transfer()
+	leads("while it hands over", false)
+	second <- failed // there is one already
+	<-secondDone
+	leads("while it still hands over", false)
+	first <- failed
+	if err := <-firstDone; !errors.Is(err, failed) {
 		t.Error(err)
 	}
-	if node, ok := h.Leader(1); !ok || node != 1 {
-		t.Errorf("node %d leads (%v) after it kept the leadership", node, ok)
+	leads("after it kept the leadership", true)
+	first, firstDone = transfer()
+	first <- nil
+	if err := <-firstDone; err != nil {
+		t.Error(err)
 	}
+	leads("after it gave the leadership away, which it has not noticed yet", false)
 }
