@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -251,5 +253,59 @@ func TestIdlePartitionsAreFree(t *testing.T) {
 	t.Logf("messages a second %.0f and %.0f, goroutines %.0f and %.0f", messages, many, goroutines, routines)
 	if many > 1.5*messages+20 || routines > goroutines+150 {
 		t.Errorf("with ten partitions %.0f messages a second and %.0f goroutines, with 10,000 more %.0f and %.0f", messages, goroutines, many, routines)
+	}
+}
+
+// Incident 28: a start reads the indexes of the log, not its records: with 800 MB that are not sealed the process stays far below that, and all records are there.
+func TestStartReadsNoHistory(t *testing.T) {
+	n := startNode(t, t.TempDir(), []string{"ESTRAN_TIERING_SEAL_BYTES=256MiB", "ESTRAN_QUORUM_SHARDS=4", "ESTRAN_TIERING_SEAL_AGE=1h", "ESTRAN_HOT_MAX_BYTES=4GiB"})
+	createTopic(t, n, "t", 4)
+	const records, size = 8000, 100_000 // the last file of each group is read: up to four times 64 MiB
+	cl := client(t, n, kgo.DefaultProduceTopic("t"), kgo.ProducerBatchMaxBytes(900_000), kgo.ProducerBatchCompression(kgo.NoCompression()))
+	value := make([]byte, size)
+	var failed atomic.Pointer[error]
+	for i := range records {
+		value = slices.Clone(value)
+		copy(value, strconv.Itoa(i))
+		cl.Produce(t.Context(), &kgo.Record{Value: value}, func(_ *kgo.Record, err error) {
+			if err != nil {
+				failed.Store(&err)
+			}
+		})
+	}
+	if err := cl.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := failed.Load(); err != nil {
+		t.Fatal(*err)
+	}
+	if hot := metric(t, n, "estran_unuploaded_bytes"); hot < records*size {
+		t.Fatalf("only %.0f bytes are not sealed", hot)
+	}
+	if err := n.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	restart(t, n)
+	ends, err := kadm.NewClient(client(t, n)).ListEndOffsets(t.Context(), "t")
+	if err != nil {
+		t.Fatal(err)
+	}
+	total := int64(0)
+	ends.Each(func(o kadm.ListedOffset) { total += o.Offset })
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", n.PID))
+	if err != nil {
+		t.Skip(err) // only Linux tells
+	}
+	var peak int64
+	for line := range strings.Lines(string(status)) {
+		if rest, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			if _, err := fmt.Sscan(rest, &peak); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	t.Logf("%d records, at most %d MiB in memory", total, peak>>10)
+	if total != records || peak == 0 || peak<<10 > records*size/2 {
+		t.Errorf("%d records of %d; up to %d KiB were in memory after the start", total, records, peak)
 	}
 }
