@@ -92,7 +92,10 @@ func (h *Host) open(ctx context.Context) error {
 			return err
 		}
 	}
-	h.known = h.askPeers(ctx)
+	var silent []string
+	if h.known, silent = h.askPeers(ctx); len(silent) > 0 {
+		h.wg.Go(func() { h.askLater(silent) })
+	}
 	if h.meta, err = openGroup(h, 0, filepath.Join(h.cfg.DataDir, "meta")); err != nil {
 		return err
 	}

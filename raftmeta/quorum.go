@@ -247,8 +247,8 @@ func (h *Host) recordGroups() error {
 // rememberTime bounds how long a start waits for what others remember of this node: one that hangs is not waited for.
 const rememberTime = time.Second
 
-// askPeers asks all nodes of this cluster whose address is known who they are.
-func (h *Host) askPeers(ctx context.Context) (out []peer.Peer) {
+// askPeers asks all nodes of this cluster whose address is known who they are; silent are the addresses where nobody answers.
+func (h *Host) askPeers(ctx context.Context) (out []peer.Peer, silent []string) {
 	ctx, cancel := context.WithTimeout(ctx, rememberTime)
 	defer cancel()
 	addrs := map[string]bool{}
@@ -266,16 +266,38 @@ func (h *Host) askPeers(ctx context.Context) (out []peer.Peer) {
 		}
 		wg.Go(func() {
 			p, err := h.peers.Ask(ctx, addr)
-			if err != nil || p.Cluster != h.identity.cluster() {
-				return
-			}
 			mu.Lock()
 			defer mu.Unlock()
-			out = append(out, p)
+			switch {
+			case err != nil:
+				silent = append(silent, addr)
+			case p.Cluster == h.identity.cluster():
+				out = append(out, p)
+			}
 		})
 	}
 	wg.Wait()
-	return out
+	return out, silent
+}
+
+// askLaterMost is the longest pause between two questions to a node that did not answer at the start.
+const askLaterMost = time.Minute
+
+// askLater asks those who could not be reached at the start, until each has answered: what they remember of this node is compared then.
+func (h *Host) askLater(silent []string) {
+	for pause := rememberTime; len(silent) > 0; pause = min(2*pause, askLaterMost) {
+		t := time.NewTimer(pause)
+		select {
+		case <-t.C:
+		case <-h.stop:
+			t.Stop()
+			return
+		}
+		silent = slices.DeleteFunc(silent, func(addr string) bool {
+			_, err := h.peers.Ask(h.ctx, addr)
+			return err == nil
+		})
+	}
 }
 
 // notBehind refuses a directory that has less of the group than others remember of this node: it is an old copy, or its disk has lost what it had confirmed. With it this node might

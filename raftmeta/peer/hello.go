@@ -291,7 +291,7 @@ type Peer struct {
 	Known map[uint32]Standing
 }
 
-// Ask asks who listens at an address.
+// Ask asks who listens at an address. What a node of this cluster remembers of this one is compared with where it stands: OnBehind.
 func (p *Peers) Ask(ctx context.Context, addr string) (Peer, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.times.dial)
 	defer cancel()
@@ -301,6 +301,9 @@ func (p *Peers) Ask(ctx context.Context, addr string) (Peer, error) {
 	}
 	defer c.Close()
 	w, err := p.speak(c, "", classAsk)
+	if err == nil && w.Cluster != "" && w.Cluster == p.cluster.Load().id {
+		p.recall(&w)
+	}
 	return Peer{w.Server, w.Cluster, w.Founders, w.Known}, err
 }
 

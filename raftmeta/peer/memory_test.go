@@ -62,15 +62,24 @@ func TestWhoIsBehindIsTold(t *testing.T) {
 		t.Fatalf("all is well, and one is told: %s", *why)
 	}
 	a, b := c.nodes[0], c.nodes[1]
-	last, err := b.log.LastIndex()
-	if err != nil {
-		t.Fatal(err)
+	for _, n := range c.nodes {
+		if n != b { // whoever leads connects to it
+			n.peers.memory.note(b.id, 1, Standing{LastIndex: 1 << 40})
+		}
 	}
-	a.peers.memory.note(b.id, 1, Standing{LastIndex: last + 1000})
-	b.stop() // its connections are made again
+	b.stop()
 	b.start(c.first)
 	eventually(t, "it to be told", func() bool { return told.Load() != nil })
-	if why := *told.Load(); !strings.Contains(why, a.id) {
+	if why := *told.Load(); !strings.Contains(why, "remembers it had") {
 		t.Errorf("it is told %q", why)
+	}
+	eventually(t, "it to have an instance", func() bool { return b.raft.Load() != nil })
+	addr, _ := c.net.resolve(a.id)
+	told.Store(nil)
+	if _, err := b.peers.Ask(t.Context(), addr); err != nil {
+		t.Fatal(err)
+	}
+	if why := told.Load(); why == nil || !strings.Contains(*why, a.id) {
+		t.Error("it is not told though it asks")
 	}
 }
