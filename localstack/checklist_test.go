@@ -16,44 +16,45 @@ import (
 
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
 // dump is what a node says of topics, their configuration and the offsets of a group, by itself.
 func dump(ctx context.Context, t *testing.T, n *Node, group string) (string, error) {
 	t.Helper()
 	cl := client(t, n)
-	adm := kadm.NewClient(cl)
-	m, err := adm.Metadata(ctx)
+	node := cl.SeedBrokers()[0] // it, and no other
+	resp, err := node.RetriableRequest(ctx, kmsg.NewPtrMetadataRequest())
 	if err != nil {
 		return "", err
 	}
+	topics := resp.(*kmsg.MetadataResponse).Topics
+	slices.SortFunc(topics, func(a, b kmsg.MetadataResponseTopic) int { return strings.Compare(*a.Topic, *b.Topic) })
 	var b strings.Builder
-	names := slices.Sorted(func(yield func(string) bool) {
-		for name := range m.Topics {
-			if !yield(name) {
-				return
-			}
-		}
-	})
-	for _, name := range names {
-		topic := m.Topics[name]
-		fmt.Fprintln(&b, "topic", name, topic.ID, len(topic.Partitions))
+	configs := kmsg.NewPtrDescribeConfigsRequest()
+	for _, topic := range topics {
+		fmt.Fprintln(&b, "topic", *topic.Topic, kadm.TopicID(topic.TopicID), len(topic.Partitions))
+		r := kmsg.NewDescribeConfigsRequestResource()
+		r.ResourceType, r.ResourceName = kmsg.ConfigResourceTypeTopic, *topic.Topic
+		configs.Resources = append(configs.Resources, r)
 	}
-	configs, err := adm.DescribeTopicConfigs(ctx, names...)
-	if err != nil {
+	if resp, err = node.RetriableRequest(ctx, configs); err != nil {
 		return "", err
 	}
-	for _, name := range names {
-		c, err := configs.On(name, nil)
-		if err != nil {
-			return "", err
+	for _, r := range resp.(*kmsg.DescribeConfigsResponse).Resources {
+		if r.ErrorCode != 0 {
+			return "", fmt.Errorf("%s: code %d", r.ResourceName, r.ErrorCode)
 		}
-		for _, x := range c.Configs {
-			fmt.Fprintln(&b, "config", name, x.Key, x.MaybeValue())
+		for _, c := range r.Configs {
+			value := ""
+			if c.Value != nil {
+				value = *c.Value
+			}
+			fmt.Fprintln(&b, "config", r.ResourceName, c.Name, value)
 		}
 	}
 	if group != "" {
-		offsets, err := adm.FetchOffsets(ctx, group)
+		offsets, err := kadm.NewClient(cl).FetchOffsets(ctx, group) // from its coordinator, wherever that is
 		if err != nil {
 			return "", err
 		}
