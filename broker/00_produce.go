@@ -230,12 +230,9 @@ func (r *request) produced(acks int16, parts []producePart, topics []int, res []
 		if p.err != nil {
 			failed = true
 			r.s.m.failedProduce.WithLabelValues(known(cluster, p.topic)).Inc()
-			t, _ := cluster.Topic(p.topic)
-			if s := r.leaderless(codeOf(p.err), t, p.partition); s != 0 && r.version >= leaderHints {
-				if leaderless == nil {
-					leaderless = map[record.ShardID]bool{}
-				}
-				leaderless[s] = true
+			if r.version >= leaderHints {
+				t, _ := cluster.Topic(p.topic)
+				leaderless = r.leaderless(leaderless, codeOf(p.err), t, p.partition)
 			}
 			continue
 		}

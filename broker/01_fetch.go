@@ -137,15 +137,9 @@ func (r *request) leaderlessOf(parts []*fetchPart) (out map[record.ShardID]bool)
 		return nil
 	}
 	for _, p := range parts {
-		if p.code != codeNotLeaderOrFollower {
-			continue
-		}
-		t, _ := r.s.b.Cluster().TopicByID(p.id)
-		if s := r.leaderless(p.code, t, p.partition); s != 0 {
-			if out == nil {
-				out = map[record.ShardID]bool{}
-			}
-			out[s] = true
+		if p.code == codeNotLeaderOrFollower {
+			t, _ := r.s.b.Cluster().TopicByID(p.id)
+			out = r.leaderless(out, p.code, t, p.partition)
 		}
 	}
 	return out

@@ -44,16 +44,20 @@ func (h *hints) leader(tag uint32, code int16, t *state.Topic, partition int32) 
 // Metadata, and some do that only every five seconds.
 const leaderWait = 500 * time.Millisecond
 
-// leaderless returns a shard that nobody leads, if that is what the error of a partition comes from; else 0.
-func (r *request) leaderless(code int16, topic *state.Topic, partition int32) record.ShardID {
+// leaderless adds a partition's shard to those that nobody leads, if that is what its error comes from.
+func (r *request) leaderless(shards map[record.ShardID]bool, code int16, topic *state.Topic, partition int32) map[record.ShardID]bool {
 	if code != codeNotLeaderOrFollower || topic == nil || partition < 0 || int(partition) >= len(topic.Partitions) {
-		return 0
+		return shards
 	}
 	s := topic.Partitions[partition].Shard
 	if _, ok := r.s.b.Leader(s); ok {
-		return 0
+		return shards
 	}
-	return s
+	if shards == nil {
+		shards = map[record.ShardID]bool{}
+	}
+	shards[s] = true
+	return shards
 }
 
 // awaitLeaders waits until all these shards are led, so that the answer can say by whom.

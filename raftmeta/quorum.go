@@ -307,12 +307,9 @@ func (g *group) notBehind() error {
 	if err != nil {
 		return err
 	}
-	term, err := g.stable.ForRaft().GetUint64([]byte("CurrentTerm"))
-	if err != nil && !g.stable.Empty() {
-		return err
-	}
+	here := peer.Standing{Term: g.stable.Term(), LastIndex: last}
 	for _, p := range g.host.known {
-		if why := p.Known[uint32(g.id)].Behind(peer.Standing{Term: term, LastIndex: last}); why != "" {
+		if why := p.Known[uint32(g.id)].Behind(here); why != "" {
 			return fmt.Errorf("%w: group %d: by what %s remembers %s", ErrBehind, g.id, p.Server, why)
 		}
 	}

@@ -67,19 +67,17 @@ func restart(ctx context.Context, nodes []*localstack.Node) error {
 
 // kill -9 so many voters at once.
 func kill(count int) func(*world) (string, func() bool, func(context.Context) error, error) {
-	return func(w *world) (what string, hit func() bool, heal func(context.Context) error, err error) {
-		var nodes []*localstack.Node
-		for _, i := range w.rng.Perm(len(w.cluster.Nodes))[:count] {
-			nodes = append(nodes, w.cluster.Nodes[i])
-		}
-		return killNodes(nodes...)
+	return func(w *world) (string, func() bool, func(context.Context) error, error) {
+		return w.kill(w.rng.Perm(len(w.cluster.Nodes))[:count])
 	}
 }
 
-func killNodes(nodes ...*localstack.Node) (what string, hit func() bool, heal func(context.Context) error, err error) {
-	for _, n := range nodes {
-		what += " " + n.Kafka
-		if err := n.Kill(); err != nil {
+func (w *world) kill(victims []int) (what string, hit func() bool, heal func(context.Context) error, err error) {
+	var nodes []*localstack.Node
+	for _, i := range victims {
+		what += fmt.Sprintf(" %d", i+1)
+		nodes = append(nodes, w.cluster.Nodes[i])
+		if err := w.cluster.Nodes[i].Kill(); err != nil {
 			return what, nil, nil, err
 		}
 	}
@@ -100,7 +98,7 @@ func killLeader(w *world) (string, func() bool, func(context.Context) error, err
 	if err != nil {
 		return "", nil, nil, err
 	}
-	return killNodes(w.cluster.Nodes[leader-1])
+	return w.kill([]int{int(leader) - 1})
 }
 
 // flap stops one voter after another for a little longer than an election takes: leaders change all the time.

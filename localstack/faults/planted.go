@@ -72,10 +72,10 @@ type player func(context.Context, config, io.Writer) (*result, error)
 func control(ctx context.Context, c config, play player) error {
 	c.rounds, c.perLife = 3, 3
 	r, err := play(ctx, c, io.Discard)
-	if err != nil || r.Anomalies > 0 {
-		return fmt.Errorf("without a mistake: anomalies %v, %w", r.Found, err)
+	if err == nil && r.Anomalies > 0 {
+		err = fmt.Errorf("anomalies without a mistake: %s", rules(r.Found))
 	}
-	return nil
+	return err
 }
 
 // try plays lives until the mistake is caught or its time is over. Only a rule of the checker or a cluster that does not come back catches; an error of another kind is shown and catches

@@ -62,22 +62,18 @@ func (known Standing) Behind(s Standing) string {
 
 // askBack asks a peer that has connected what it remembers of this node: followers do not connect to each other, nor to their leader.
 func (p *Peers) askBack(server string) {
-	c, err := p.dial(server)
-	if err != nil {
-		return // it asks again with the next connection
-	}
-	defer c.Close()
-	w, err := p.speak(c, server, classAsk)
-	if err == nil && w.Server == server && w.Cluster == p.cluster.Load().id {
-		p.recall(&w)
+	if addr, ok := p.cfg.Resolve(server); ok {
+		_, _ = p.Ask(p.ctx, addr) // if it fails, it is asked again with its next connection
 	}
 }
 
 // recall compares what a peer remembers of this node with where its groups stand; for a group that is not there yet, when it hears its first message.
 func (p *Peers) recall(w *welcome) {
 	for group, known := range w.Known {
-		if t := p.group(group); t != nil && t.compare(w.Server, known) {
-			continue
+		if t := p.group(group); t != nil {
+			if there, _ := t.compare(w.Server, known); there {
+				continue
+			}
 		}
 		p.mu.Lock()
 		of := p.recalled[group]
@@ -91,23 +87,29 @@ func (p *Peers) recall(w *welcome) {
 	}
 }
 
-// compare tells whoever wants to know that this instance is behind; it reports false while there is none.
-func (t *Transport) compare(peer string, known Standing) bool {
-	s, ok := t.standing()
-	if why := known.Behind(s); ok && why != "" && t.p.cfg.OnBehind != nil {
+// compare reports whether this instance is behind, and tells whoever wants to know; there is false while there is no instance.
+func (t *Transport) compare(peer string, known Standing) (there, behind bool) {
+	s, there := t.standing()
+	why := known.Behind(s)
+	if !there || why == "" {
+		return there, false
+	}
+	if t.p.cfg.OnBehind != nil {
 		t.p.cfg.OnBehind(t.g.ID, fmt.Sprintf("by what %s remembers %s", peer, why))
 	}
-	return ok
+	return true, true
 }
 
-// lateRecall does what recall could not.
-func (t *Transport) lateRecall() {
+// lateRecall does what recall could not; it reports whether this instance is behind, and must not answer.
+func (t *Transport) lateRecall() (behind bool) {
 	t.p.mu.Lock()
 	left := t.p.recalled[t.g.ID]
 	delete(t.p.recalled, t.g.ID)
 	t.p.recalls.Store(int64(len(t.p.recalled)))
 	t.p.mu.Unlock()
 	for peer, known := range left {
-		_ = t.compare(peer, known) // a message for an instance comes when it is there
+		_, b := t.compare(peer, known) // a message for an instance comes when it is there
+		behind = behind || b
 	}
+	return behind
 }

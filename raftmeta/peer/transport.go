@@ -340,8 +340,8 @@ func (t *Transport) TimeoutNow(_ raft.ServerID, target raft.ServerAddress, a *ra
 
 // handle answers a message of a peer.
 func (t *Transport) handle(x *inbound, m *message) ([]byte, error) {
-	if t.p.recalls.Load() > 0 {
-		t.lateRecall()
+	if t.p.recalls.Load() > 0 && t.lateRecall() {
+		return nil, errors.New("this node has lost writes")
 	}
 	switch m.kind {
 	case kindAppend:

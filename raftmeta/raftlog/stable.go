@@ -145,5 +145,12 @@ func (s *Stable) GetUint64(key []byte) (uint64, error) {
 	return 0, errNotFound
 }
 
+// Term is the current term; 0 if there was none yet.
+func (s *Stable) Term() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.term
+}
+
 // Close closes the file.
 func (s *Stable) Close() error { return s.file.close() }
