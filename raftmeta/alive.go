@@ -60,7 +60,7 @@ func (h *Host) watchNodes() {
 				wg.Go(func() { h.watchNode(h.ctx, id) })
 			}
 		}
-		if sleep(h.ctx, h.stop, aliveEvery) != nil {
+		if sleep(h.ctx, h.stop, h.cfg.slow(aliveEvery)) != nil {
 			return
 		}
 	}
@@ -68,13 +68,13 @@ func (h *Host) watchNodes() {
 
 // watchNode asks one node; of one that is no member any more nothing is known.
 func (h *Host) watchNode(ctx context.Context, node int32) {
-	for sleep(ctx, h.stop, aliveEvery) == nil {
+	for sleep(ctx, h.stop, h.cfg.slow(aliveEvery)) == nil {
 		n, ok := h.Cluster().Node(node)
 		if !ok || !h.Cluster().Member(node) {
 			h.down.set(node, false)
 			continue
 		}
-		try, cancel := context.WithTimeout(ctx, aliveWait)
+		try, cancel := context.WithTimeout(ctx, h.cfg.slow(aliveWait))
 		got := h.peers.Standings(try, 0, []string{string(serverOf(n))}, func(s []peer.Standing) bool { return len(s) > 0 })
 		cancel()
 		if ctx.Err() == nil && h.down.set(node, len(got) == 0) {

@@ -49,6 +49,14 @@ func (g *group) backups(ctx context.Context) {
 	}
 }
 
+// Backups are the states of all groups as they are applied here, whoever leads.
+func (h *Host) Backups() (out []Backup) {
+	for _, g := range h.groups() {
+		out = append(out, g.backup())
+	}
+	return out
+}
+
 // backup takes the state as it is: pointer work; writing it is the caller's.
 func (g *group) backup() Backup {
 	g.mu.Lock()

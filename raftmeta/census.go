@@ -32,7 +32,7 @@ func (g *group) others() *census {
 	c := &census{at: time.Now(), voters: len(all), names: slices.DeleteFunc(all, func(s string) bool { return s == g.self })}
 	var free []int64
 	for _, s := range c.names {
-		if r, ok := g.host.peers.Report(s, reportLife); ok {
+		if r, ok := g.host.peers.Report(s, g.host.cfg.slow(reportLife)); ok {
 			free = append(free, r.Free)
 		}
 	}
@@ -56,7 +56,7 @@ func neededFree(voters int, others []int64) int64 {
 func (g *group) clocks() (others []time.Time, voters int) {
 	c := g.others()
 	for _, s := range c.names {
-		if r, ok := g.host.peers.Report(s, reportLife); ok {
+		if r, ok := g.host.peers.Report(s, g.host.cfg.slow(reportLife)); ok {
 			others = append(others, r.Now())
 		}
 	}

@@ -56,11 +56,14 @@ type Config struct {
 	// StoreTime returns the object store's time; ok is false if it does not tell.
 	StoreTime func() (t time.Time, ok bool)
 
-	// For tests: the file system, the size of log files and of the memory tail, and the clock.
+	// For tests: the file system, the size of log files and of the memory tail, the clock, and how other nodes are reached; nil = TCP.
 	FS        raftlog.FS
 	FileBytes int64
 	TailBytes int64
 	Now       func() time.Time
+	Dial      func(ctx context.Context, addr string) (net.Conn, error)
+	// Slower makes heartbeats, and all that is done again and again or waits for these, take so many times as long; 0 = 1. It is for a simulation of days, whose processor pays for each.
+	Slower int
 }
 
 // Voter is a node of the quorum and where its peers reach it.
@@ -70,7 +73,7 @@ type Voter struct {
 }
 
 const (
-	// raftTimeout is the election timeout and a leader's lease (peer's contactTime). A follower answers nothing while it writes: it lies above the stalls of a busy disk.
+	// raftTimeout is the election timeout and a leader's lease (peer's contact). A follower answers nothing while it writes: it lies above the stalls of a busy disk.
 	raftTimeout    = 500 * time.Millisecond
 	commitTimeout  = 50 * time.Millisecond
 	proposeTimeout = 30 * time.Second
@@ -83,6 +86,9 @@ const (
 	// controlReserve is what groups' commands may use beyond the budget.
 	groupReserve = 64 << 20
 )
+
+// slow is d, or for a simulation longer.
+func (c *Config) slow(d time.Duration) time.Duration { return d * time.Duration(c.Slower) }
 
 func (c *Config) validate() error {
 	var errs []error
@@ -129,5 +135,6 @@ func (c *Config) validate() error {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
+	c.Slower = max(c.Slower, 1)
 	return errors.Join(errs...)
 }

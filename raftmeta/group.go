@@ -172,8 +172,9 @@ func (g *group) openRaft() error {
 	g.trans = g.host.peers.Open(g.transportGroup())
 	cfg := raft.DefaultConfig()
 	cfg.LocalID = raft.ServerID(id)
-	cfg.HeartbeatTimeout, cfg.ElectionTimeout, cfg.LeaderLeaseTimeout = raftTimeout, raftTimeout, raftTimeout
-	cfg.CommitTimeout = commitTimeout
+	timeout := g.host.cfg.slow(raftTimeout)
+	cfg.HeartbeatTimeout, cfg.ElectionTimeout, cfg.LeaderLeaseTimeout = timeout, timeout, timeout
+	cfg.CommitTimeout = g.host.cfg.slow(commitTimeout)
 	cfg.SnapshotThreshold, cfg.SnapshotInterval, cfg.TrailingLogs = math.MaxUint64, 10*365*24*time.Hour, 0 // our own trigger decides
 	cfg.NotifyCh = g.notify
 	cfg.ShutdownOnRemove = false // a node that was removed finds out by watchMembership, and says so

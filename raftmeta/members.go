@@ -78,7 +78,7 @@ func changes(servers []raft.Server, members []state.Node, member func(node int32
 // keepVoters brings the group's voters to what meta says they should be, one change after the other, until ctx ends. At every step a majority of the voters decides, and what
 // was acknowledged is on it.
 func (g *group) keepVoters(ctx context.Context) {
-	t := time.NewTicker(keepEvery)
+	t := time.NewTicker(g.host.cfg.slow(keepEvery))
 	defer t.Stop()
 	for {
 		select {
@@ -231,7 +231,7 @@ func (p *patience) yielded(at time.Time) { p.wait, p.yields = min(2*p.now(at), b
 
 // balance hands the group over to the member that should lead it, once that one is in contact, until ctx ends.
 func (g *group) balance(ctx context.Context) {
-	t := time.NewTicker(balanceLook)
+	t := time.NewTicker(g.host.cfg.slow(balanceLook))
 	defer t.Stop()
 	looked, order := time.Now(), g.leaders()
 	for {
@@ -280,7 +280,7 @@ const (
 
 // watchMembership ends the node when it has been removed: nobody speaks to it any more, so it must ask.
 func (h *Host) watchMembership() {
-	t := time.NewTicker(lostEvery)
+	t := time.NewTicker(h.cfg.slow(lostEvery))
 	defer t.Stop()
 	for {
 		select {

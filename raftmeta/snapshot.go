@@ -19,7 +19,7 @@ const (
 
 // snapshotLoop takes snapshots by the group's own rule: by log bytes since the last one, by the budget, by time.
 func (g *group) snapshotLoop() {
-	t := time.NewTicker(snapshotCheck)
+	t := time.NewTicker(g.host.cfg.slow(snapshotCheck))
 	defer t.Stop()
 	last := time.Now()
 	for {

@@ -6,13 +6,6 @@ import (
 	"time"
 )
 
-const (
-	// contactTime is a leader's lease: whoever has not answered an append of the group for longer is not in contact.
-	contactTime = 500 * time.Millisecond
-	// toldTime is how long what a leader said of its contacts counts.
-	toldTime = time.Second
-)
-
 // contacts are the servers that a group's leader is in contact with: seen by itself, or told by it with its heartbeats.
 type contacts struct {
 	mu      sync.Mutex
@@ -85,12 +78,12 @@ func (c *contacts) told(leader string, servers []string) {
 }
 
 // Contacts returns the servers that have answered this node's appends within a leader's lease.
-func (t *Transport) Contacts() []string { return t.contact.since(contactTime) }
+func (t *Transport) Contacts() []string { return t.contact.since(t.p.times.contact) }
 
 // ToldContacts returns the servers that a leader said last it was in contact with; ok is false if it is not that one who spoke last, or not lately.
 func (t *Transport) ToldContacts(leader string) (servers []string, ok bool) {
 	c := &t.contact
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.servers, c.leader == leader && time.Since(c.at) <= toldTime
+	return c.servers, c.leader == leader && time.Since(c.at) <= t.p.times.told
 }

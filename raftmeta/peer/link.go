@@ -42,13 +42,28 @@ type times struct {
 	hold time.Duration
 	// silent is how long a leader may say nothing before it is not protected any more: several heartbeats, and less than any timer that makes a follower stand for election.
 	silent time.Duration
+	// contact is a leader's lease: whoever has not answered an append of the group for longer is not in contact. told is how long what a leader said of its contacts counts.
+	contact, told time.Duration
+	// rank lies between the elections that a leader's death sets off.
+	rank time.Duration
+	// catchUp is how long the log waits for a peer that is behind.
+	catchUp time.Duration
 	// step bounds a piece of a snapshot, restore the last one, in which raft restores it.
 	step, restore time.Duration
 }
 
 func defaultTimes() times {
 	return times{dial: 2 * time.Second, hello: 3 * time.Second, redial: 50 * time.Millisecond, write: 10 * time.Second, body: 10 * time.Second,
-		call: 10 * time.Second, beat: 2 * time.Second, vote: 2 * time.Second, hold: 50 * time.Millisecond, silent: 300 * time.Millisecond, step: 10 * time.Second, restore: 2 * time.Minute}
+		call: 10 * time.Second, beat: 2 * time.Second, vote: 2 * time.Second, hold: 50 * time.Millisecond, silent: 300 * time.Millisecond,
+		contact: 500 * time.Millisecond, told: time.Second, rank: 50 * time.Millisecond, catchUp: 2 * time.Second, step: 10 * time.Second, restore: 2 * time.Minute}
+}
+
+// slower is for a simulation of days: whoever is written to so seldom may be silent for so much longer.
+func (t times) slower(n int) times {
+	for _, d := range []*time.Duration{&t.dial, &t.hello, &t.redial, &t.write, &t.body, &t.call, &t.beat, &t.vote, &t.hold, &t.silent, &t.contact, &t.told, &t.rank, &t.catchUp, &t.step, &t.restore} {
+		*d *= time.Duration(n)
+	}
+	return t
 }
 
 // call is a request that is on its way. done is called once, on whatever goroutine; it must not block.

@@ -44,6 +44,8 @@ type Config struct {
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
 	Now        func() time.Time
+	// Slower makes all that waits take so many times as long, for a simulation; 0 = 1.
+	Slower int
 	// Free is how many bytes of hot log this node may still take; below 0 it is beyond its budget. nil = no bound.
 	Free func() int64
 	// GetBuffer lends memory, of any content, for requests that carry entries, PutBuffer takes it back. nil = the garbage collector's.
@@ -119,7 +121,7 @@ const (
 var ErrOpen = errors.New("peer: the peer listener is not on loopback and there is neither a secret nor a certificate")
 
 // New starts listening.
-func New(cfg Config) (*Peers, error) { return newPeers(cfg, defaultTimes()) }
+func New(cfg Config) (*Peers, error) { return newPeers(cfg, defaultTimes().slower(max(cfg.Slower, 1))) }
 
 func newPeers(cfg Config, t times) (*Peers, error) {
 	if cfg.Logger == nil {

@@ -21,10 +21,6 @@ const (
 	// windowBytes and windowCalls bound what a follower has not acknowledged yet.
 	windowBytes = 16 << 20
 	windowCalls = 64
-	// rankStep lies between the elections that a leader's death sets off.
-	rankStep = 50 * time.Millisecond
-	// catchUp is how long the log waits for a peer that is behind.
-	catchUp = 2 * time.Second
 )
 
 // Log is what the transport needs of a group's log.
@@ -157,7 +153,7 @@ func (t *Transport) leaderDied(server string) {
 	if t.g.Leader() != server {
 		return
 	}
-	wait := time.Duration(t.g.Rank()) * rankStep
+	wait := time.Duration(t.g.Rank()) * t.p.times.rank
 	t.spawn(func() {
 		timer := time.NewTimer(wait)
 		defer timer.Stop()
@@ -235,9 +231,9 @@ func (t *Transport) track(target string, a *raft.AppendEntriesRequest, resp *raf
 	switch n := len(a.Entries); {
 	case err != nil || isBeat(a):
 	case resp.Success && n > 0 && a.Entries[n-1].Index < last:
-		t.g.Log.HoldAt(target, a.Entries[n-1].Index, time.Now().Add(catchUp))
+		t.g.Log.HoldAt(target, a.Entries[n-1].Index, time.Now().Add(t.p.times.catchUp))
 	case !resp.Success:
-		t.g.Log.HoldAt(target, min(max(a.PrevLogEntry, 1)-1, resp.LastLog), time.Now().Add(catchUp))
+		t.g.Log.HoldAt(target, min(max(a.PrevLogEntry, 1)-1, resp.LastLog), time.Now().Add(t.p.times.catchUp))
 	}
 }
 
@@ -298,7 +294,7 @@ func (t *Transport) prepare(target string, a *raft.AppendEntriesRequest) (*call,
 	c.size = size
 	var contacts []string
 	if isBeat(a) {
-		contacts = t.contact.since(contactTime)
+		contacts = t.contact.since(t.p.times.contact)
 	}
 	c.meta = encodeAppend(a, crcs, contacts)
 	return c, nil
