@@ -12,8 +12,9 @@ SEED     ?= 1
 ROUNDS   ?= 20
 NEMESES  ?=
 MISTAKES ?= all
+HOURS    ?= 24
 
-.PHONY: build test short lint cross race fuzz bench bench-go bench-kafka bench-wal golden localstack-bin compose-test clients-test image faults planted clean
+.PHONY: build test short lint cross race fuzz bench bench-go bench-kafka bench-wal golden localstack-bin compose-test clients-test image faults planted sim clean
 
 build: ## one static binary, ./estran
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o estran ./cmd/estran
@@ -74,6 +75,9 @@ faults: ## ROUNDS of faults, chosen by SEED, under a load whose history is check
 
 planted: ## rounds of faults against programs with one known MISTAKE each, until it is caught; SEED is the first of three
 	$(GO) run ./localstack/faults --seed $(SEED) --nemeses "$(NEMESES)" --planted "$(MISTAKES)"
+
+sim: ## HOURS of cluster time in minutes: three voters in one process under faults and a load chosen by SEED; the time is virtual
+	ESTRAN_SIM_SEED=$(SEED) ESTRAN_SIM_HOURS=$(HOURS) $(GO) test ./raftmeta/sim -run TestSimulation -count=1 -v -timeout 60m
 
 clean:
 	rm -f estran

@@ -33,6 +33,7 @@ var allowed = map[string][]string{
 	"raftmeta/state":     {"localstack/planted", "tiering/record", "tiering/segment"},
 	"raftmeta/peer":      {"localstack/planted"},
 	"raftmeta":           {"localstack/planted", "raftmeta/state", "raftmeta/raftlog", "raftmeta/peer", "tiering/record", "tiering/segment", "tiering", "objstore"},
+	"raftmeta/sim":       {},
 	"broker/group":       {"raftmeta/state", "tiering/record"},
 	"broker/admin":       {"raftmeta/state", "tiering/record"},
 	"broker":             {"localstack/planted", "broker/group", "raftmeta/state", "raftmeta", "tiering", "tiering/record", "tiering/segment"},
@@ -56,6 +57,7 @@ var testsMay = map[string][]string{
 	"localstack":       {"objstore/s3", "objstore/minio", "objstore/open", "objstore/objtest", "raftmeta/raftlog"},
 	"tiering":          {"objstore/mem", "objstore/fs"},
 	"raftmeta":         {"objstore/mem", "localstack"},
+	"raftmeta/sim":     {"objstore", "objstore/mem", "raftmeta", "raftmeta/raftlog", "raftmeta/state", "tiering", "tiering/record", "localstack/check"},
 }
 
 // owners says which packages alone may import an outside module (a path or anything below it); the longest path wins.
