@@ -12,9 +12,16 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
+// tester is what a test and a run of rapid have in common.
+type tester interface {
+	Helper()
+	Fatal(args ...any)
+	Fatalf(format string, args ...any)
+}
+
 // machine drives a shard with entries and keeps them for replay.
 type machine struct {
-	t     testing.TB
+	t     tester
 	s     *Shard
 	index RaftIndex
 	term  Term
@@ -23,7 +30,7 @@ type machine struct {
 	terms []Term
 }
 
-func newMachine(t testing.TB, partitions int) *machine {
+func newMachine(t tester, partitions int) *machine {
 	m := &machine{t: t, s: NewShard(1), term: 1, clock: 1000}
 	m.do(LeaderStart{Term: 1, Node: 1})
 	var effects []Effect
@@ -429,7 +436,7 @@ func (m *machine) verify() {
 	}
 }
 
-func snapshotOf(t testing.TB, f Frozen) []byte {
+func snapshotOf(t tester, f Frozen) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	if _, err := f.WriteTo(&b); err != nil {
