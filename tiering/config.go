@@ -36,8 +36,6 @@ type Config struct {
 
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
-	// Now is the wall clock, for the time of an upload.
-	Now func() time.Time
 }
 
 func (c *Config) defaults() {
@@ -72,9 +70,6 @@ func (c *Config) defaults() {
 	}
 	if c.Registerer == nil {
 		c.Registerer = prometheus.NewRegistry()
-	}
-	if c.Now == nil {
-		c.Now = time.Now
 	}
 }
 

@@ -33,8 +33,9 @@ type fake struct {
 	objects map[segment.Number]*segment.Object
 	number  segment.Number
 	commits int
-	// distrust: nothing may expire.
+	// distrust: nothing may expire. ahead is how far the shard's clock is before this node's.
 	distrust bool
+	ahead    time.Duration
 	// pinned is what Pinned says; rehomed notes what was written again.
 	pinned  int64
 	rehomed []record.Offset
@@ -181,7 +182,7 @@ func (f *fake) Runs(tp record.TopicPartition, from record.Offset, most int) (out
 func (f *fake) Clock(record.ShardID) (record.Timestamp, bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return record.Timestamp(time.Now().UnixMilli()), !f.distrust
+	return record.Timestamp(time.Now().Add(f.ahead).UnixMilli()), !f.distrust
 }
 
 // distrusted says whether the shard's clock is not trusted.

@@ -87,10 +87,10 @@ func (t *Tiering) logStartOf(p *PartitionStatus, now record.Timestamp) record.Of
 	return to
 }
 
-// expiryOf is when a run may go: by its largest timestamp, and whatever the records say, when its class is over.
+// expiryOf is when a run may go: by its largest timestamp, and whatever the records say, when its class is over, if it is known since when.
 func expiryOf(p *PartitionStatus, r *RunRef) record.Timestamp {
 	at := later(r.Run.MaxTimestamp, p.RetentionMs)
-	if c := r.Object.Plan.Class; c != segment.ClassKeep {
+	if c := r.Object.Plan.Class; c != segment.ClassKeep && r.Object.UploadedAt > 0 {
 		at = min(at, r.Object.UploadedAt+record.Timestamp(c.Days()*dayMs))
 	}
 	return at

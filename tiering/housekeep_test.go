@@ -70,6 +70,32 @@ func TestLogStart(t *testing.T) {
 	}
 }
 
+// A class ends by the cluster's time, whatever the clock of the node that uploaded says; by no time at all if none was trusted then.
+func TestClassOfAWrongClock(t *testing.T) {
+	for _, distrust := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFake(t)
+			f.ahead = 10 * 24 * time.Hour // so far is this node's own clock behind
+			f.retain(partition(1), 3_600_000, 1)
+			f.distrusted(distrust)
+			r := newRig(t, f, nil)
+			defer r.stop()
+			f.appendAt(partition(1), record.Timestamp(time.Now().Add(f.ahead).UnixMilli()))
+			sleep(5 * time.Minute)
+			f.distrusted(false)
+			sleep(30 * time.Minute)
+			b, _ := f.Bounds(partition(1))
+			if len(f.keys()) != 1 || b.LogStart != 0 {
+				t.Errorf("distrust %v: %d objects, the log starts at %d: it keeps records for an hour", distrust, len(f.keys()), b.LogStart)
+			}
+			sleep(time.Hour)
+			if b, _ := f.Bounds(partition(1)); b.LogStart != 1 {
+				t.Errorf("distrust %v: the log starts at %d after an hour", distrust, b.LogStart)
+			}
+		})
+	}
+}
+
 // More runs than one look takes are all looked at.
 func TestLogStartBehindManyRuns(t *testing.T) {
 	f := newFake(t)

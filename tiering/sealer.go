@@ -255,7 +255,9 @@ func (t *Tiering) upload(ctx context.Context, s record.ShardID, k task) (up *upl
 	if err != nil {
 		return nil, nil, fmt.Errorf("preparing an upload: %w", err)
 	}
-	o.UploadedAt = record.Timestamp(t.cfg.Now().UnixMilli())
+	if now, trusted := t.cat.Clock(s); trusted { // never this node's own clock: a class ends by it
+		o.UploadedAt = now
+	}
 	built, err := segment.Build(segment.Meta{Cluster: t.cat.ClusterUUID(), Shard: s, Number: o.Number, Term: o.Term, UUID: plan.UUID, Class: plan.Class, Written: o.UploadedAt}, inputs, src)
 	if err != nil {
 		return nil, nil, err

@@ -124,7 +124,7 @@ func (n *node) open(ctx context.Context, opened chan struct{}) {
 		return
 	}
 	tc := w.o.Tiering
-	tc.Now, tc.Logger = n.now, cfg.Logger
+	tc.Logger = cfg.Logger
 	l.Host = h
 	l.tier = tiering.New(tc, h, w.store)
 	l.reader = tiering.NewReader(l.tier, h)

@@ -123,14 +123,15 @@ const (
 
 // Object is an entry of the object table.
 type Object struct {
-	Shard      record.ShardID
-	Number     Number
-	Plan       Plan
-	Term       uint64 // of the leader that prepared it
-	State      ObjectState
-	Size       int64
-	CRC32C     uint32
-	FooterLen  uint32 // footer and trailer: the last bytes of the object
+	Shard     record.ShardID
+	Number    Number
+	Plan      Plan
+	Term      uint64 // of the leader that prepared it
+	State     ObjectState
+	Size      int64
+	CRC32C    uint32
+	FooterLen uint32 // footer and trailer: the last bytes of the object
+	// UploadedAt is the shard's time of the upload; 0 = no clock was trusted.
 	UploadedAt record.Timestamp
 	// Since is the shard's clock when the state was entered.
 	Since record.Timestamp
