@@ -34,7 +34,7 @@ func compareTP(a, b record.TopicPartition) int {
 
 // change returns a copy of the group for changing; a new empty one if there is none.
 func (s *Shard) change(id string) *Group {
-	g := &Group{ID: id, EmptySince: s.clock, Offsets: map[record.TopicPartition]OffsetCommit{}}
+	g := &Group{ID: id, EmptySince: s.now(), Offsets: map[record.TopicPartition]OffsetCommit{}}
 	if old := s.groups[id]; old != nil {
 		*g = *old
 		g.Offsets = maps.Clone(old.Offsets)
@@ -50,7 +50,7 @@ func (s *Shard) applyPutGroup(c PutGroup) Result {
 	case !c.Empty:
 		g.EmptySince = 0
 	case g.EmptySince == 0:
-		g.EmptySince = s.clock
+		g.EmptySince = s.now()
 	}
 	return Result{}
 }
@@ -61,7 +61,7 @@ func (s *Shard) applyCommitOffsets(c CommitOffsets) Result {
 		g.Offsets[o.TP] = o
 	}
 	if g.EmptySince != 0 {
-		g.EmptySince = s.clock // a commit from outside a group restarts its time
+		g.EmptySince = s.now() // a commit from outside a group restarts its time
 	}
 	return Result{}
 }

@@ -29,8 +29,8 @@ func (s *Shard) applyPrepare(c Prepare) Result {
 		return Result{Code: Invalid}
 	}
 	s.number++
-	o := &segment.Object{Shard: s.id, Number: s.number, Plan: c.Plan, Term: uint64(c.Term), State: segment.Prepared, Since: s.clock,
-		ExpiresAt: s.clock + record.Timestamp(c.TTLMs)}
+	o := &segment.Object{Shard: s.id, Number: s.number, Plan: c.Plan, Term: uint64(c.Term), State: segment.Prepared, Since: s.now(),
+		ExpiresAt: s.now() + record.Timestamp(c.TTLMs)}
 	s.objects[o.Number] = o
 	s.byUUID[c.Plan.UUID] = o.Number
 	return Result{Value: *o}
@@ -52,7 +52,7 @@ func (s *Shard) applyCommit(c Commit, a *Applied) Result {
 		return Result{Code: Stale, Value: verdicts}
 	}
 	delete(s.byUUID, o.Plan.UUID)
-	o.Size, o.CRC32C, o.FooterLen, o.UploadedAt, o.Since = c.Size, c.CRC32C, c.FooterLen, c.UploadedAt, s.clock
+	o.Size, o.CRC32C, o.FooterLen, o.UploadedAt, o.Since = c.Size, c.CRC32C, c.FooterLen, c.UploadedAt, s.now()
 	for i, r := range c.Runs {
 		h, ok := s.byTP[r.TP]
 		if !ok {

@@ -92,6 +92,17 @@ func (p *partition) checkSequence(s *Slot) (Code, record.Offset) {
 	return OK, 0
 }
 
+// own returns the producer for changing: a copy, if a snapshot has this one.
+func (pr *producer) own(gen uint64) *producer {
+	if pr.gen == gen {
+		return pr
+	}
+	c := *pr
+	c.Batches = append(make([]seenBatch, 0, producerWindow), pr.Batches...)
+	c.gen = gen
+	return &c
+}
+
 // remember notes an accepted batch of a producer; it reports whether the producer is new.
 func (p *partition) remember(s *Slot, base record.Offset, now record.Timestamp, gen uint64) (added bool) {
 	pr := p.Producers[s.ProducerID]
@@ -103,10 +114,7 @@ func (p *partition) remember(s *Slot, base record.Offset, now record.Timestamp, 
 		}
 		p.Producers[s.ProducerID] = pr
 	case pr.gen != gen:
-		c := *pr
-		c.Batches = append(make([]seenBatch, 0, producerWindow), pr.Batches...)
-		c.gen = gen
-		pr = &c
+		pr = pr.own(gen)
 		p.Producers[s.ProducerID] = pr
 	}
 	if pr.Epoch != s.ProducerEpoch {

@@ -46,6 +46,8 @@ type modelObject struct {
 type shardRun struct {
 	m       *machine
 	clock   record.Timestamp // the largest that was told
+	untimed bool             // the last entry had no time
+	stood   bool             // a producer was stamped by such an entry
 	parts   map[int]*modelPart
 	groups  map[string]map[record.TopicPartition]record.Offset
 	objects map[segment.Number]modelObject // committed
@@ -77,7 +79,22 @@ func (r *shardRun) entry(t *rapid.T, e *Entry, payload int, trusted bool) Applie
 	if !trusted {
 		r.m.clock = 0
 	}
-	r.clock = max(r.clock, r.m.clock)
+	if r.stood && !r.m.s.stood {
+		t.Fatal("a producer was given the time at which the clock stopped, and it is not known")
+	}
+	if was := r.clock; trusted {
+		if r.clock = max(was, r.m.clock); r.m.s.stood && r.clock > was { // what was stamped while the clock stood is as old as that
+			for _, p := range r.parts {
+				for _, pr := range p.producers {
+					if pr.at == was {
+						pr.at = r.clock
+					}
+				}
+			}
+		}
+		r.stood = false
+	}
+	r.untimed = !trusted
 	a := r.m.entry(e, payload)
 	r.m.clock = now
 	for i, twin := range r.twins {
@@ -149,6 +166,7 @@ func (r *shardRun) append(t *rapid.T) {
 		want := AppendResult{Code: UnknownPartition, Base: -1, LogStart: -1}
 		if part := r.parts[a.p]; part != nil {
 			want = part.append(&a.slot, r.clock)
+			r.stood = r.stood || r.untimed && want.Code == OK && a.slot.ProducerID >= 0
 		}
 		if got[i] != want {
 			t.Fatalf("batch %d of partition %d: %+v, want %+v", i, a.p, got[i], want)
@@ -341,7 +359,8 @@ func (r *shardRun) prepareAgain(t *rapid.T) {
 		t.Skip("nothing is prepared")
 	}
 	o := rapid.SampledFrom(prepared).Draw(t, "object")
-	if got := r.do(t, Prepare{Plan: o.Plan, TTLMs: 9}).Value.(segment.Object); got != o {
+	got := r.do(t, Prepare{Plan: o.Plan, TTLMs: 9}).Value.(segment.Object)
+	if now, _ := r.m.s.Object(o.Number); got != now || now.ExpiresAt < o.ExpiresAt {
 		t.Fatalf("prepared again: %+v, it was %+v", got, o)
 	}
 }

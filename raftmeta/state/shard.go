@@ -45,6 +45,8 @@ type Shard struct {
 	runBytes  int64
 	producers int
 	voids     uint64
+	stood     bool   // something was given the clock's time by an entry that had none
+	untimed   bool   // the entry that is being applied has no time
 	gen       uint64 // of copy-on-write; what has an older one is shared with a snapshot
 
 	res   []AppendResult // scratch of Apply
@@ -116,7 +118,10 @@ func (s *Shard) Apply(index RaftIndex, term Term, data []byte) Applied {
 		s.voids++
 		return Applied{Void: true}
 	}
-	s.clock = max(s.clock, h.TimeMs)
+	if s.untimed = h.TimeMs == 0; !s.untimed {
+		s.resume(h.TimeMs)
+		s.clock = max(s.clock, h.TimeMs)
+	}
 	s.dirty = s.dirty[:0]
 	var a Applied
 	for len(rest) > 0 {
@@ -261,7 +266,7 @@ func (s *Shard) appendSlot(p *partition, entry uint32, i int, slot *Slot, term T
 	if epoch := Epoch(p.EpochBase, term); len(p.Epochs) == 0 || p.Epochs[len(p.Epochs)-1].Epoch != epoch {
 		p.Epochs = append(p.Epochs, segment.EpochStart{Epoch: epoch, Start: base})
 	}
-	if slot.ProducerID >= 0 && p.remember(slot, base, s.clock, s.gen) {
+	if slot.ProducerID >= 0 && p.remember(slot, base, s.now(), s.gen) {
 		if s.producers++; s.producers > producersMax {
 			s.producers -= p.forgetOldest(slot.ProducerID)
 		}
@@ -411,7 +416,7 @@ func (s *Shard) dropRuns(p *partition, n int) {
 		s.runBytes -= r.SizeBytes
 		o := s.object(r.Object)
 		if o.LiveRuns--; o.LiveRuns == 0 {
-			o.State, o.Since = segment.Tombstoned, s.clock
+			o.State, o.Since = segment.Tombstoned, s.now()
 		}
 	}
 	p.Runs = p.Runs[n:]
@@ -454,7 +459,7 @@ func (s *Shard) applySweep(c Sweep) Result {
 	for _, o := range s.sortedObjects() {
 		if o.State == segment.Prepared && o.ExpiresAt <= s.clock {
 			own := s.object(o.Number)
-			own.State, own.Since = segment.Tombstoned, s.clock
+			own.State, own.Since = segment.Tombstoned, s.now()
 			delete(s.byUUID, own.Plan.UUID)
 		}
 	}

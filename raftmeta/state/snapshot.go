@@ -38,6 +38,8 @@ type shardSnapshot struct {
 	Handles uint64
 	Number  segment.Number
 	Voids   uint64
+	// Stood: something was given the clock's time by an entry that had none.
+	Stood   bool `json:",omitempty"`
 	EntBase uint32
 	// Released are the slots that the shard has let go, a bit each; nil = none.
 	Released []byte `json:",omitempty"`
@@ -84,7 +86,7 @@ func (s *Shard) Freeze() Frozen {
 		f.objects = append(f.objects, *o)
 	}
 	f.head = shardSnapshot{ID: s.id, Applied: s.applied, Clock: s.clock, Level: s.level, Leader: s.leader, Chain: s.chain, Cursor: s.cursor, Handles: s.handles,
-		Number: s.number, Voids: s.voids, EntBase: s.entBase, Released: s.released.bytes(), Entries: slices.Clip(s.entries)}
+		Number: s.number, Voids: s.voids, Stood: s.stood, EntBase: s.entBase, Released: s.released.bytes(), Entries: slices.Clip(s.entries)}
 	return f
 }
 
@@ -162,6 +164,7 @@ func RestoreShard(r io.Reader) (*Shard, error) {
 	s := NewShard(h.ID)
 	s.applied, s.clock, s.level, s.leader, s.chain, s.cursor = h.Applied, h.Clock, h.Level, h.Leader, h.Chain, h.Cursor
 	s.handles, s.number, s.voids, s.entBase, s.entries = h.Handles, h.Number, h.Voids, h.EntBase, h.Entries
+	s.stood = h.Stood
 	copy(s.released[:], h.Released)
 	s.live = make([]int32, len(h.Entries))
 	if h.Handles > 1<<26 {

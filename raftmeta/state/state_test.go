@@ -235,6 +235,54 @@ func TestObjectsLife(t *testing.T) {
 	}
 }
 
+// While no clock is trusted entries have no time, and the replicated clock stands, perhaps for days. What happens then does not count as days old when it goes on.
+func TestTheClockStood(t *testing.T) {
+	m := newMachine(t, 2)
+	m.append(m.batch(0, 10, 1, 0, 0), m.batch(1, 1, -1, -1, -1))
+	_, gone := m.seal(run(0, 0, 4))
+	m.do(PutGroup{ID: "g", ProtocolType: "consumer"})
+	m.clock += 50
+	m.do(Sweep{})
+	stopped := m.clock
+	m.clock = 0
+	m.append(m.batch(0, 1, 1, 0, 10))
+	m.do(AdvanceLogStart{TP: tp(0), To: 5})
+	m.do(PutGroup{ID: "g", ProtocolType: "consumer", Empty: true})
+	m.do(CommitOffsets{Group: "h"})
+	prepared := m.do(Prepare{Plan: segment.Plan{UUID: segment.UUID{9}}, TTLMs: 100}).Value.(segment.Object)
+	before := m.s.Freeze()
+	taken := snapshotOf(t, before)
+	back, err := RestoreShard(bytes.NewReader(taken))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.clock = stopped + 1_000_000
+	m.do(Sweep{ProducerMs: 1000, OffsetsMs: 1000})
+	back.Apply(m.index, m.term, m.log[len(m.log)-1])
+	for name, s := range map[string]*Shard{"lived through": m.s, "restored": back} {
+		if d := s.Doomed(); len(d) != 1 || d[0].Number != gone.Number || d[0].Since != m.clock {
+			t.Errorf("%s: the object's grace begins at its last reference: %+v at %d", name, d, m.clock)
+		}
+		if o, ok := s.Object(prepared.Number); !ok || o.ExpiresAt != m.clock+100 {
+			t.Errorf("%s: a prepared object: %+v", name, o)
+		}
+		if _, ok := s.LastSequence(tp(0), 1, 0); !ok {
+			t.Errorf("%s: a producer that has just written was forgotten", name)
+		}
+		if s.Group("g") == nil || s.Group("h") == nil {
+			t.Errorf("%s: a group that has just become empty has expired", name)
+		}
+	}
+	if !bytes.Equal(snapshotOf(t, before), taken) {
+		t.Error("a snapshot changed after it was taken")
+	}
+	m.clock += 1001 // and now it does
+	m.do(Sweep{ProducerMs: 1000, OffsetsMs: 1000})
+	if _, ok := m.s.LastSequence(tp(0), 1, 0); ok || m.s.Group("g") != nil || m.s.Group("h") != nil || len(m.s.Doomed()) != 2 {
+		t.Errorf("nothing expires any more: %+v", m.s.Doomed())
+	}
+}
+
 func TestVoidEntry(t *testing.T) {
 	m := newMachine(t, 1)
 	var e Entry
