@@ -54,6 +54,7 @@ type Member struct {
 	Assignment     []byte
 	join           func(JoinResult)
 	sync           func(SyncResult)
+	replaced       func(JoinResult) // a static member that came back waits until that is durable
 	expires        time.Time
 }
 
@@ -280,22 +281,22 @@ func (g *Group) joinNew(now time.Time, r JoinRequest, reply func(JoinResult)) {
 // replaceStatic gives a static member that came back a new ID; the old one is fenced. In a stable group nothing is rebalanced if it offers what it did before.
 func (g *Group) replaceStatic(now time.Time, m *Member, r JoinRequest, reply func(JoinResult)) {
 	same := g.sameProtocols(m, r)
-	if m.join != nil {
-		m.join(JoinResult{Code: CodeFencedInstance, Generation: -1, MemberID: m.ID})
-	}
-	if m.sync != nil {
-		m.sync(SyncResult{Code: CodeFencedInstance})
-	}
+	m.answer(CodeFencedInstance)
 	delete(g.members, m.ID)
 	if g.Leader == m.ID {
 		g.Leader = r.NewID
 	}
-	m.ID, m.join, m.sync = r.NewID, nil, nil
+	m.ID = r.NewID
 	g.members[m.ID] = m
 	g.static[r.InstanceID] = m.ID
 	m.update(now, r)
 	if g.State == Stable && same {
+		m.replaced = reply
 		g.Persist(g.Encode(), false, func(code int16) {
+			if m.ID != r.NewID || m.replaced == nil {
+				return // it was answered: another came in its place, it has gone, or the group has
+			}
+			m.replaced = nil
 			if code != CodeNone {
 				reply(JoinResult{Code: code, Generation: -1, MemberID: m.ID})
 				return
@@ -499,14 +500,20 @@ func (g *Group) drop(m *Member) {
 	if m.InstanceID != "" && g.static[m.InstanceID] == m.ID {
 		delete(g.static, m.InstanceID)
 	}
-	if m.join != nil {
-		m.join(JoinResult{Code: CodeUnknownMember, Generation: -1, MemberID: m.ID})
-		m.join = nil
+	m.answer(CodeUnknownMember)
+}
+
+// answer tells whoever waits for something of a member that it will not come.
+func (m *Member) answer(code int16) {
+	for _, join := range []func(JoinResult){m.join, m.replaced} {
+		if join != nil {
+			join(JoinResult{Code: code, Generation: -1, MemberID: m.ID})
+		}
 	}
 	if m.sync != nil {
-		m.sync(SyncResult{Code: CodeUnknownMember})
-		m.sync = nil
+		m.sync(SyncResult{Code: code})
 	}
+	m.join, m.replaced, m.sync = nil, nil, nil
 }
 
 // remove takes a member out, which makes the others rebalance.
@@ -724,13 +731,6 @@ func (g *Group) Next() (t time.Time) {
 func (g *Group) Fail(code int16) {
 	g.State = Dead
 	for _, m := range g.members {
-		if m.join != nil {
-			m.join(JoinResult{Code: code, Generation: -1, MemberID: m.ID})
-			m.join = nil
-		}
-		if m.sync != nil {
-			m.sync(SyncResult{Code: code})
-			m.sync = nil
-		}
+		m.answer(code)
 	}
 }

@@ -64,6 +64,13 @@ func (w *world) sync(member string, generation int32, assign map[string][]byte) 
 	return out
 }
 
+// syncStatic is sync of a static member.
+func (w *world) syncStatic(member, instance string, generation int32, assign map[string][]byte) *[]SyncResult {
+	out := &[]SyncResult{}
+	w.g.Sync(w.now, SyncRequest{MemberID: member, InstanceID: instance, Generation: generation, Assignments: assign}, func(s SyncResult) { *out = append(*out, s) })
+	return out
+}
+
 // member joins a new member to completion of its own join and returns its ID.
 func (w *world) member(id string) (string, *[]JoinResult) {
 	r := request("", "")
@@ -309,6 +316,40 @@ func TestItem59Restore(t *testing.T) {
 	}
 	if _, err := Restore("g", Config{}, []byte("{"), w.now); err == nil {
 		t.Error("a broken record was restored")
+	}
+}
+
+// A static member that comes back waits until its new ID is durable. It is answered, whatever happens before: another comes in its place, it leaves, the group is another node's now.
+func TestStaticMemberWaits(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		before func(w *world)
+		code   int16
+	}{
+		{"nothing", func(*world) {}, CodeNone},
+		{"another comes", func(w *world) { r := request("", "i"); r.NewID = "third"; w.join(r) }, CodeFencedInstance},
+		{"it leaves", func(w *world) { w.g.Leave(w.now, "", "i") }, CodeUnknownMember},
+		{"the group goes", func(w *world) { w.g.Fail(CodeNotCoordinator) }, CodeNotCoordinator},
+	} {
+		w := newWorld(t, Config{})
+		first := request("", "i")
+		first.NewID = "first"
+		one(t, w.join(first))
+		one(t, w.syncStatic("first", "i", 1, map[string][]byte{"first": []byte("0")}))
+		w.hold = true
+		second := request("", "i")
+		second.NewID = "second"
+		j := w.join(second)
+		if len(*j) > 0 {
+			t.Fatalf("%s: answered before it was durable: %+v", c.name, *j)
+		}
+		c.before(w)
+		for _, done := range w.held {
+			done(CodeNone)
+		}
+		if got := one(t, j); got.Code != c.code || got.MemberID != "second" {
+			t.Errorf("%s: %+v, want code %d", c.name, got, c.code)
+		}
 	}
 }
 
