@@ -22,10 +22,11 @@ const (
 	refuses         // every request fails at once
 	hangs           // no request is answered
 	forgets         // what was asked is done, and the answer is an error
+	late            // no request is answered, and uploads are done minutes after they were given up
 )
 
 func (m trouble) String() string {
-	return [...]string{"well", "refuses", "hangs", "loses answers"}[m]
+	return [...]string{"well", "refuses", "hangs", "loses answers", "does uploads late"}[m]
 }
 
 // store is the bucket as all nodes have it, and what the simulation knows of its objects.
@@ -63,7 +64,7 @@ func (s *store) around(ctx context.Context, op, key string, do func() error) err
 	switch now {
 	case refuses:
 		return failed
-	case hangs:
+	case hangs, late:
 		select {
 		case <-changed:
 		case <-ctx.Done():
@@ -79,6 +80,20 @@ func (s *store) around(ctx context.Context, op, key string, do func() error) err
 }
 
 func (s *store) Put(ctx context.Context, key string, b objstore.Body, o objstore.PutOptions) (info objstore.Info, err error) {
+	s.mu.Lock()
+	now := s.trouble
+	s.mu.Unlock()
+	if now == late {
+		data, err := io.ReadAll(b.Reader())
+		if err != nil {
+			return info, err
+		}
+		s.w.wg.Go(func() {
+			<-ctx.Done()
+			time.Sleep(s.w.o.Tiering.LateDelete / 2)
+			_, _ = s.Bucket.Put(context.WithoutCancel(ctx), key, objstore.Bytes(data), o) // nobody waits for it
+		})
+	}
 	err = s.around(ctx, "put", key, func() error { info, err = s.Bucket.Put(ctx, key, b, o); return err })
 	return info, err
 }
@@ -100,13 +115,16 @@ func (s *store) List(ctx context.Context, prefix, after string) iter.Seq2[objsto
 	return s.Bucket.List(ctx, prefix, after)
 }
 
+// clockSpread is how far a time that two of three voters agree on may be behind, if the clock of one is: a grace may begin that much earlier.
+const clockSpread = 5 * time.Minute
+
 // Delete is judged: an object may go when its grace has passed since a manifest referred to it.
 func (s *store) Delete(ctx context.Context, keys ...string) error {
 	return s.around(ctx, "delete", strings.Join(keys, " "), func() error {
 		s.mu.Lock()
 		for _, k := range keys {
 			if at, ok := s.referred[k]; ok {
-				if since := time.Since(at); since < s.w.o.Tiering.Grace {
+				if since := time.Since(at); since < s.w.o.Tiering.Grace-clockSpread {
 					s.w.failf("object %s is deleted %s after a manifest referred to it, its grace is %s", k, since, s.w.o.Tiering.Grace)
 				}
 				s.deleted++

@@ -83,7 +83,7 @@ func (w *world) stopVoters(rng *rand.Rand) (string, func()) {
 }
 
 func (w *world) troubleStore(rng *rand.Rand) (string, func()) {
-	m := refuses + trouble(rng.IntN(3))
+	m := refuses + trouble(rng.IntN(4))
 	w.store.set(m)
 	return "the store " + m.String(), func() { w.store.set(well) }
 }

@@ -27,7 +27,7 @@ func (w *world) judgeStart(p *part, start record.Offset) {
 		return
 	}
 	now := time.Now()
-	for _, b := range p.acked {
+	for _, b := range slices.Backward(p.acked) { // the youngest says most
 		if b.base < before || b.base >= start || b.base < p.deleted {
 			continue
 		}

@@ -47,7 +47,7 @@ func draw(seed uint64, load time.Duration, slower int) options {
 		LocalRetentionBytes: size(0, 1<<20, 16<<20), FileBytes: size(256<<10, 1<<20), TailBytes: size(64<<10, 1<<20), BackupEvery: minutes(5, 20)}
 	o.Tiering = tiering.Config{SealBytes: size(32<<10, 128<<10, 1<<20), SealAge: minutes(1, 15), UploadConcurrency: 1 + rng.IntN(3), PrepareTTL: minutes(20, 60), LateDelete: minutes(20, 60),
 		Grace: minutes(10, 40), RehomeBytes: size(256<<10, 2<<20, 1<<30), CacheBytes: size(256<<10, 4<<20), HousekeepEvery: time.Duration(20+rng.IntN(100)) * time.Second}
-	o.Retention, o.RetentionBytes, o.Partitions = minutes(20, 100), size(100<<10, 1<<20), int32(1+rng.IntN(2))
+	o.Retention, o.RetentionBytes, o.Partitions = minutes(20, 100), size(5<<10, 20<<10), int32(1+rng.IntN(2))
 	o.Pause, o.Poll, o.Audit, o.Gap = time.Duration(5+rng.IntN(40))*time.Second, minutes(1, 3), 2*time.Minute, max(min(load/10, time.Hour), time.Minute)
 	o.Records, o.RecordBytes = 1+rng.IntN(5), 20+int(size(100, 1000, 5000))
 	return o
@@ -165,6 +165,7 @@ func (w *world) finish() {
 	t := &w.o.Tiering
 	w.await(w.o.Retention+t.SealAge+t.Grace+t.PrepareTTL+t.LateDelete+2*time.Hour, w.settled)
 	w.say("settled")
+	time.Sleep(time.Until(w.began.Add(2 * time.Hour))) // nothing more may happen
 	close(w.over)
 	w.wg.Wait()
 	if w.t.Failed() {
@@ -238,7 +239,7 @@ func number(t *testing.T, name string, otherwise int) int {
 
 // Three voters live through hours of faults; then everything that was acknowledged and has not expired is there, on every voter, and nothing else.
 func TestSimulation(t *testing.T) {
-	seed, load, slower := number(t, "ESTRAN_SIM_SEED", 1), 80*time.Minute, 20 // with the race detector, in seconds
+	seed, load, slower := number(t, "ESTRAN_SIM_SEED", 6), 80*time.Minute, 20 // with the race detector, in seconds
 	if hours := number(t, "ESTRAN_SIM_HOURS", 0); hours > 0 {
 		load, slower = time.Duration(hours)*time.Hour, []int{5, 10, 20}[seed%3]
 	}
