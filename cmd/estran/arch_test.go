@@ -39,7 +39,7 @@ var allowed = map[string][]string{
 	"broker":             {"localstack/planted", "broker/group", "raftmeta/state", "raftmeta", "tiering", "tiering/record", "tiering/segment"},
 	"localstack":         {"objstore", "objstore/fs", "objstore/mem", "tiering/record"},
 	"localstack/check":   {},
-	"localstack/faults":  {"localstack/planted", "localstack", "localstack/check"},
+	"localstack/faults":  {"localstack/planted", "localstack", "localstack/check", "broker"},
 	"bench":              {"localstack", "tiering/record"},
 	"cmd/estran":         {"*"},
 }
@@ -57,7 +57,7 @@ var testsMay = map[string][]string{
 	"localstack":       {"objstore/s3", "objstore/minio", "objstore/open", "objstore/objtest", "raftmeta/raftlog"},
 	"tiering":          {"objstore/mem", "objstore/fs"},
 	"raftmeta":         {"objstore/mem", "localstack"},
-	"raftmeta/sim":     {"objstore", "objstore/mem", "raftmeta", "raftmeta/raftlog", "raftmeta/state", "tiering", "tiering/record", "localstack/check"},
+	"raftmeta/sim":     {"objstore", "objstore/mem", "raftmeta", "raftmeta/raftlog", "raftmeta/state", "tiering", "tiering/record", "localstack/check", "broker"},
 }
 
 // owners says which packages alone may import an outside module (a path or anything below it); the longest path wins.
@@ -68,7 +68,7 @@ var owners = map[string][]string{
 	"github.com/minio/minio-go":           {"objstore/minio"},
 	"github.com/minio":                    {}, // MinIO itself is AGPL: a program to start, never a library
 	"github.com/twmb/franz-go":            {"cmd/estran", "bench", "localstack/faults"},
-	"github.com/anishathalye/porcupine":   {"localstack/check"},
+	"github.com/anishathalye/porcupine":   {"localstack/check", "broker"},
 	"github.com/spf13/cobra":              {"cmd/estran"},
 	"github.com/goccy/go-yaml":            {"cmd/estran"},
 	"github.com/pierrec/lz4":              {"tiering/record"},

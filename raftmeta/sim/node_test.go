@@ -3,6 +3,7 @@ package sim
 import (
 	"context"
 	"errors"
+	"fmt"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -11,6 +12,7 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/estran/estran/broker"
 	"github.com/estran/estran/raftmeta"
 	"github.com/estran/estran/raftmeta/raftlog"
 	"github.com/estran/estran/tiering"
@@ -36,6 +38,7 @@ type life struct {
 	*raftmeta.Host
 	tier   *tiering.Tiering
 	reader *tiering.Reader
+	server *broker.Server // if the world has clients of Kafka
 
 	mu    sync.Mutex // guards ended, and adding to reads
 	ended bool
@@ -102,6 +105,7 @@ func (n *node) open(ctx context.Context, opened chan struct{}) {
 	w, l, ready := n.w, &life{}, make(chan struct{})
 	cfg := w.o.Raft
 	cfg.NodeID, cfg.DataDir, cfg.Voters, cfg.Now = n.id, n.dir, w.voters, n.now
+	cfg.Host, cfg.Port = fmt.Sprint("kafka-", n.id), 9092
 	cfg.FS, cfg.PeerListener, cfg.Dial = disk{}, w.net.listen(n.addr), w.net.dialer(n.addr)
 	cfg.Logger = w.logger.With("node", n.id)
 	cfg.OnFatal = func(err error) { w.failf("node %d: fatal: %v", n.id, err) }
@@ -112,6 +116,11 @@ func (n *node) open(ctx context.Context, opened chan struct{}) {
 	cfg.OnLead = func(ctx context.Context, s record.ShardID) {
 		select {
 		case <-ready:
+			var wg sync.WaitGroup
+			defer wg.Wait()
+			if l.server != nil {
+				wg.Go(func() { l.server.Lead(ctx, uint32(s)) })
+			}
 			l.tier.Lead(ctx, s)
 		case <-ctx.Done():
 		}
@@ -128,6 +137,9 @@ func (n *node) open(ctx context.Context, opened chan struct{}) {
 	l.Host = h
 	l.tier = tiering.New(tc, h, w.store)
 	l.reader = tiering.NewReader(l.tier, h)
+	if w.kafka != nil {
+		w.serve(n, l)
+	}
 	close(ready)
 	n.live.Store(l)
 }
@@ -144,6 +156,9 @@ func (n *node) stop() {
 	l := n.live.Swap(nil)
 	if l == nil {
 		return
+	}
+	if l.server != nil {
+		_ = l.server.Close()
 	}
 	if err := l.Close(context.Background()); err != nil {
 		n.w.failf("node %d does not close: %v", n.id, err)

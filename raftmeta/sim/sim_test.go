@@ -15,6 +15,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/estran/estran/broker"
 	"github.com/estran/estran/localstack/check"
 	"github.com/estran/estran/raftmeta"
 	"github.com/estran/estran/raftmeta/state"
@@ -43,7 +44,7 @@ func draw(seed uint64, load time.Duration, slower int) options {
 	minutes := func(least, most int) time.Duration { return time.Duration(least+rng.IntN(most-least+1)) * time.Minute }
 	size := func(sizes ...int64) int64 { return sizes[rng.IntN(len(sizes))] }
 	o := options{Seed: seed, Load: load}
-	o.Raft = raftmeta.Config{Host: "sim", Port: 9092, Secret: []byte("secret"), Slower: slower, Shards: uint32(1 + rng.IntN(2)), HotMaxBytes: size(4<<20, 16<<20, 1<<30),
+	o.Raft = raftmeta.Config{Secret: []byte("secret"), Slower: slower, Shards: uint32(1 + rng.IntN(2)), HotMaxBytes: size(4<<20, 16<<20, 1<<30),
 		LocalRetentionBytes: size(0, 1<<20, 16<<20), FileBytes: size(256<<10, 1<<20), TailBytes: size(64<<10, 1<<20), BackupEvery: minutes(5, 20)}
 	o.Tiering = tiering.Config{SealBytes: size(32<<10, 128<<10, 1<<20), SealAge: minutes(1, 15), UploadConcurrency: 1 + rng.IntN(3), PrepareTTL: minutes(20, 60), LateDelete: minutes(20, 60),
 		Grace: minutes(10, 40), RehomeBytes: size(256<<10, 2<<20, 1<<30), CacheBytes: size(256<<10, 4<<20), HousekeepEvery: time.Duration(20+rng.IntN(100)) * time.Second}
@@ -65,8 +66,9 @@ type world struct {
 	parts  []*part
 	began  time.Time
 	value  atomic.Uint64
-	load   chan struct{} // closed when load and faults end
-	over   chan struct{} // closed when nothing is waited for any more
+	kafka  *broker.Config // of the nodes' servers; nil = they have none
+	load   chan struct{}  // closed when load and faults end
+	over   chan struct{}  // closed when nothing is waited for any more
 	wg     sync.WaitGroup
 
 	mu      sync.Mutex
@@ -116,7 +118,8 @@ func (w *world) sleep(until <-chan struct{}, rng *rand.Rand, d time.Duration) bo
 	}
 }
 
-func (w *world) run(dirs []string) {
+// begin starts the voters and makes the topics; the caller stops the voters. false = it failed.
+func (w *world) begin(dirs []string) bool {
 	w.began, w.load, w.over = time.Now(), make(chan struct{}), make(chan struct{})
 	w.net, w.store = newNetwork(), newStore(w)
 	for i := range 3 {
@@ -127,15 +130,21 @@ func (w *world) run(dirs []string) {
 	for _, n := range w.nodes {
 		n.start()
 	}
-	defer func() {
-		for _, n := range w.nodes {
-			n.stop()
-		}
-	}()
 	for _, n := range w.nodes {
 		<-n.opened
 	}
-	if w.t.Failed() || !w.createTopics() {
+	return !w.t.Failed() && w.createTopics()
+}
+
+func (w *world) stop() {
+	for _, n := range w.nodes {
+		n.stop()
+	}
+}
+
+func (w *world) run(dirs []string) {
+	defer w.stop()
+	if !w.begin(dirs) {
 		return
 	}
 	for _, p := range w.parts {
