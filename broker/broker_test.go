@@ -244,7 +244,7 @@ func TestEveryVersionAgainstAnotherCodec(t *testing.T) {
 }
 
 // fill gives a request contents that reach its handler.
-func fill(t *testing.T, req kmsg.Request, v int16, id record.TopicID) {
+func fill(t testing.TB, req kmsg.Request, v int16, id record.TopicID) {
 	t.Helper()
 	switch r := req.(type) {
 	case *kmsg.FetchRequest:
@@ -832,40 +832,4 @@ func TestGroupsWithARealClient(t *testing.T) {
 	if r.Groups[0].State != "Empty" || r.Groups[1].State != "Dead" {
 		t.Errorf("states %s and %s after everybody left", r.Groups[0].State, r.Groups[1].State)
 	}
-}
-
-// FuzzRequests feeds bytes to every handler's decoder: the first two choose key and version.
-func FuzzRequests(f *testing.F) {
-	w := start(f, func(c *Config) { c.AutoCreateTopics = false })
-	w.topic(f, "t", 1, nil)
-	list := apiList()
-	for i, a := range list {
-		for _, v := range []int16{a.served(), a.max} {
-			req := kmsg.RequestForKey(a.key)
-			req.SetVersion(v)
-			f.Add(append([]byte{byte(i), byte(v)}, req.AppendTo(nil)...))
-		}
-	}
-	f.Fuzz(func(t *testing.T, data []byte) {
-		if len(data) < 2 {
-			return
-		}
-		a := list[int(data[0])%len(list)]
-		v := a.served() + int16(data[1])%(a.max-a.served()+1)
-		if a.key == keyCreateTopics || a.key == keyCreatePartitions { // their effects, not their decoders, would fill the disk
-			return
-		}
-		body := bytes.Clone(data[2:])
-		if at := 4; a.key == keyFetch && len(body) >= 8 { // no long polls
-			if v >= 15 {
-				at = 0
-			}
-			clear(body[at : at+4])
-		}
-		client, server := net.Pipe()
-		defer client.Close()
-		c := newConn(w.s, server, "fuzz")
-		r := &request{s: w.s, c: c, api: &a, version: v, slot: &answer{api: &a}, reader: reader{b: body, flex: v >= a.flex}}
-		_ = a.handle(r)
-	})
 }
