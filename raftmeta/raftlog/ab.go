@@ -1,6 +1,7 @@
 package raftlog
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -36,16 +37,13 @@ func openAB(fs FS, dir, name string) (*abFile, error) {
 	}
 	a := &abFile{f: f}
 	buf := make([]byte, 2*blockBytes)
-	n, err := f.ReadAt(buf, 0)
-	if err != nil && !errors.Is(err, io.EOF) {
+	if _, err := f.ReadAt(buf, 0); err != nil && !errors.Is(err, io.EOF) {
 		return nil, errors.Join(fmt.Errorf("raftlog: reading %s: %w", path, err), f.Close())
 	}
 	written := false
 	for slot := range 2 {
 		b := buf[slot*blockBytes : (slot+1)*blockBytes]
-		for _, c := range b[:max(0, min(blockBytes, n-slot*blockBytes))] {
-			written = written || c != 0
-		}
+		written = written || len(bytes.TrimLeft(b, "\x00")) > 0
 		if v, seq, ok := decodeAB(b); ok && seq > a.seq {
 			a.val, a.seq = v, seq
 		}

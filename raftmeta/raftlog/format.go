@@ -73,6 +73,9 @@ func decodeFileHeader(h []byte, group uint32) (gen uint64, size int64, err error
 	if g := be.Uint32(h[12:]); g != group {
 		return 0, 0, fmt.Errorf("%w: log file of group %d in the directory of group %d", ErrCorrupt, g, group)
 	}
+	if n := be.Uint64(h[24:]); n < 2*blockBytes || n%blockBytes != 0 || n > 1<<32 { // positions have 32 bits
+		return 0, 0, fmt.Errorf("%w: log file of %d bytes", ErrCorrupt, n)
+	}
 	return be.Uint64(h[16:]), int64(be.Uint64(h[24:])), nil
 }
 

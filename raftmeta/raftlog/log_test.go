@@ -482,6 +482,24 @@ func TestRecoveryOfEveryDamage(t *testing.T) {
 	}
 }
 
+// A log file whose header is damaged is not taken for one that was being made, which is removed; nor does a copy of a file replace another.
+func TestDamagedHeaderAndCopies(t *testing.T) {
+	src, file, _ := image(t)
+	refused := func(what string, change func(*memFS)) {
+		t.Helper()
+		fs := src.clone()
+		change(fs)
+		before := len(fs.files)
+		if _, err := Open(Config{Dir: "/log", Group: 7, FS: fs, FileBytes: 64 << 10}); !errors.Is(err, ErrCorrupt) || len(fs.files) != before {
+			t.Errorf("%s: %v, %d of %d files are left", what, err, len(fs.files), before)
+		}
+	}
+	refused("header", func(fs *memFS) { fs.files[file].data[20] ^= 1 })
+	refused("magic", func(fs *memFS) { fs.files[file].data[0] ^= 1 })
+	refused("copy", func(fs *memFS) { fs.files["/log/00000000000000aa.log"] = fs.files[file] })
+	refused("size", func(fs *memFS) { copy(fs.files[file].data, encodeFileHeader(7, 1, 100)) })
+}
+
 // A crash may keep a file's trailer and lose its index: the batches are found without it, as long as no later file holds records.
 func TestTornIndex(t *testing.T) {
 	fs, file, _ := image(t)

@@ -17,6 +17,20 @@ import (
 // Open opens or creates the log in cfg.Dir and recovers it as FORMAT.md says. It returns ErrCorrupt if durable entries are damaged and
 // ErrVersion if a newer program wrote them.
 func Open(cfg Config) (*Log, error) {
+	l := newLog(cfg)
+	if err := l.recover(); err != nil {
+		for _, f := range l.files {
+			err = errors.Join(err, f.f.Close())
+		}
+		return nil, errors.Join(err, l.fill.close(), l.baseRec.close())
+	}
+	l.done.Go(func() { l.fill.run(l.stop) })
+	l.done.Go(l.watch)
+	l.done.Go(l.freeLoop)
+	return l, nil
+}
+
+func newLog(cfg Config) *Log {
 	if cfg.FS == nil {
 		cfg.FS = OS{}
 	}
@@ -34,16 +48,7 @@ func Open(cfg Config) (*Log, error) {
 	}
 	l := &Log{cfg: cfg, fs: cfg.FS, log: cfg.Logger, files: map[uint32]*logFile{}, holds: map[string]hold{}, lent: map[*raft.Log]struct{}{}, stop: make(chan struct{}), kick: make(chan struct{}, 1)}
 	l.fill.init(l)
-	if err := l.recover(); err != nil {
-		for _, f := range l.files {
-			err = errors.Join(err, f.f.Close())
-		}
-		return nil, errors.Join(err, l.fill.close(), l.baseRec.close())
-	}
-	l.done.Go(func() { l.fill.run(l.stop) })
-	l.done.Go(l.watch)
-	l.done.Go(l.freeLoop)
-	return l, nil
+	return l
 }
 
 func (l *Log) recover() error {
@@ -102,7 +107,11 @@ func (l *Log) openFiles() ([]*logFile, error) {
 			return files, fmt.Errorf("raftlog: %w", err)
 		}
 		lf := &logFile{name: l.path(n), f: f}
-		if lf.gen, lf.size, err = l.readFileHeader(lf); err != nil {
+		lf.gen, lf.size, err = l.readFileHeader(lf)
+		if errors.Is(err, errNoHeader) && l.holdsRecords(f) { // the header is written last, and into one sector
+			err = fmt.Errorf("%w: %s holds records and has no valid header", ErrCorrupt, lf.name)
+		}
+		if err != nil {
 			err = errors.Join(err, f.Close())
 			if !errors.Is(err, errNoHeader) {
 				return files, err
@@ -115,10 +124,14 @@ func (l *Log) openFiles() ([]*logFile, error) {
 		}
 		// A crash between the new header and the rename leaves the old name: the header counts.
 		if lf.gen != named {
-			if err := l.fs.Rename(lf.name, l.path(fmt.Sprintf("%016x.log", lf.gen))); err != nil {
-				return files, fmt.Errorf("raftlog: %w", err)
+			own := fmt.Sprintf("%016x.log", lf.gen)
+			if slices.Contains(names, own) { // a generation is used once: one of them is a copy
+				return files, errors.Join(fmt.Errorf("%w: %s is of generation %d, and there is %s", ErrCorrupt, lf.name, lf.gen, own), f.Close())
 			}
-			lf.name = l.path(fmt.Sprintf("%016x.log", lf.gen))
+			if err := l.fs.Rename(lf.name, l.path(own)); err != nil {
+				return files, errors.Join(fmt.Errorf("raftlog: %w", err), f.Close())
+			}
+			lf.name, names = l.path(own), append(names, own)
 		}
 		files = append(files, lf)
 		l.files[uint32(lf.gen)] = lf
@@ -126,6 +139,16 @@ func (l *Log) openFiles() ([]*logFile, error) {
 	}
 	slices.SortFunc(files, func(a, b *logFile) int { return int(int64(a.gen) - int64(b.gen)) })
 	return files, nil
+}
+
+// holdsRecords reports whether a batch of this group was ever written into a file.
+func (l *Log) holdsRecords(f File) bool {
+	b := make([]byte, recordHeader)
+	if _, err := f.ReadAt(b, blockBytes); err != nil {
+		return false
+	}
+	h, ok := decodeRecord(b)
+	return ok && h.group == l.cfg.Group
 }
 
 func (l *Log) readFileHeader(f *logFile) (gen uint64, size int64, err error) {
