@@ -147,6 +147,11 @@ func (c *config) loadFile(path string) error {
 		return &fault{Code: "E_CONFIG_READ", Exit: exitUsage, Err: err, What: fmt.Sprintf("cannot read configuration %s: %v", path, cause(err)),
 			Fix: "give an existing file to --config"}
 	}
+	return c.overlay(path, data)
+}
+
+// overlay takes what a file with this name holds.
+func (c *config) overlay(path string, data []byte) error {
 	before := *c
 	dec := yaml.NewDecoder(strings.NewReader(string(data)), yaml.Strict(), yaml.AllowDuplicateMapKey())
 	if err := dec.Decode(c); errors.Is(err, io.EOF) { // nothing in it, or comments only
@@ -430,6 +435,9 @@ func (c *config) validate() error {
 		if d.v <= 0 {
 			bad(d.key, "%s is not above 0", time.Duration(d.v))
 		}
+	}
+	if c.Tiering.DeleteGrace < 0 {
+		bad("tiering.delete_grace", "%s is below 0", time.Duration(c.Tiering.DeleteGrace))
 	}
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.Log.Level) {
 		bad("log.level", "%q is not debug, info, warn or error", c.Log.Level)
