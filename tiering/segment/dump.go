@@ -56,7 +56,7 @@ type catRecord struct {
 // Cat writes the records of an object, after checking every byte that it reads: a value per line, or one JSON object per record.
 func Cat(w io.Writer, r io.ReaderAt, size int64, asJSON bool) error {
 	head := make([]byte, headerBytes)
-	if _, err := r.ReadAt(head, 0); err != nil {
+	if _, err := r.ReadAt(head, 0); err != nil && err != io.EOF {
 		return fmt.Errorf("segment: reading the header: %w", err)
 	}
 	if err := CheckHeader(head); err != nil {
@@ -100,7 +100,7 @@ func catBatch(w io.Writer, tp record.TopicPartition, b record.Batch, asJSON bool
 		return werr == nil
 	})
 	if err != nil {
-		return err
+		return fmt.Errorf("%w: batch at offset %d: %w", ErrCorrupt, b.BaseOffset(), err)
 	}
 	return werr
 }

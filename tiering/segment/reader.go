@@ -214,7 +214,7 @@ func EachBatch(r io.ReaderAt, run *FooterRun, f func(record.Batch) error) error 
 	next := run.StartOffset
 	for i := range blocks {
 		b := &blocks[i]
-		if b.Position < run.Position || b.Position+int64(b.Length) > run.Position+run.SizeBytes {
+		if b.Position < run.Position || int64(b.Length) > run.SizeBytes-(b.Position-run.Position) {
 			return fmt.Errorf("%w: block outside its run", ErrCorrupt)
 		}
 		data := make([]byte, b.Length)
