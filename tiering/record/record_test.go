@@ -222,6 +222,53 @@ func FuzzBatch(f *testing.F) {
 	})
 }
 
+// FuzzCodecs decompresses any bytes: what comes out is never above the limit, a decoder that has met damage reads the next batch as it was, and compressing the bytes themselves and
+// reading them back gives them again.
+func FuzzCodecs(f *testing.F) {
+	const limit = 1 << 16
+	good := map[Codec]Batch{}
+	for i, c := range codecs {
+		good[c] = build(f, c, 3, 10)
+		f.Add(byte(i), []byte(good[c].Records()))
+		bomb, err := Compress(c, make([]byte, 4*limit))
+		if err != nil {
+			f.Fatal(err)
+		}
+		if c != CodecNone {
+			f.Add(byte(i), bomb)
+		}
+		f.Add(byte(0xf0+i), bomb[:10])
+	}
+	f.Add(byte(2), append(append(bytes.Clone(xerialMagic), 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 3), 1, 0, 'a'))
+	f.Fuzz(func(t *testing.T, codec byte, data []byte) {
+		c := codecs[int(codec)%len(codecs)]
+		b := append(bytes.Clone(good[c][:HeaderBytes]), data...)
+		if r, err := Recompress(b, CodecNone, limit); err == nil && len(r) > HeaderBytes+limit {
+			t.Fatalf("%s: %d bytes were decompressed, the limit is %d", c, len(r), limit)
+		}
+		_ = Each(b, limit, func(_ Offset, r *Record) bool {
+			if len(r.Key)+len(r.Value) > limit {
+				t.Fatalf("%s: a record of %d bytes, the limit is %d", c, len(r.Key)+len(r.Value), limit)
+			}
+			return true
+		})
+		if err := Validate(good[c], Limits{Walk: true}); err != nil {
+			t.Fatalf("%s: the next batch: %v", c, err)
+		}
+		if codec < 0xf0 {
+			return // making an encoder costs more than all the above
+		}
+		z, err := Compress(c, data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b = append(bytes.Clone(good[c][:HeaderBytes]), z...)
+		if r, err := Recompress(b, CodecNone, int64(len(data))); err != nil || !bytes.Equal(r.Records(), data) {
+			t.Fatalf("%s: %d bytes read back: %v", c, len(data), err)
+		}
+	})
+}
+
 func BenchmarkValidateHeaderAndCRC(b *testing.B) {
 	batch := build(b, CodecNone, 16, 1024)
 	b.SetBytes(int64(len(batch)))
