@@ -5,10 +5,13 @@ import "regexp"
 // ApiVersions (18), versions 0-4: KIP-35, client software name and version from 3 (KIP-511). The answer's header is always version 0; an unknown version is
 // answered with a version 0 body that lists this key only, so that the client can try again.
 
+// softwareMax bounds the name of a client's software, which is kept as long as its connection.
+const softwareMax = 255
+
 var softwareName = regexp.MustCompile(`^[a-zA-Z0-9](?:[a-zA-Z0-9\-.]*[a-zA-Z0-9])?$`)
 
 func handleAPIVersions(r *request) error {
-	if r.version > r.api.max {
+	if r.version < r.api.min || r.version > r.api.max {
 		w := &writer{b: make([]byte, 4, 32)}
 		w.i32(r.corr)
 		w.i16(codeUnsupportedVersion)
@@ -23,7 +26,7 @@ func handleAPIVersions(r *request) error {
 	if r.version >= 3 {
 		name, version := r.str(), r.str()
 		r.tags()
-		if r.err == nil && (!softwareName.MatchString(name) || !softwareName.MatchString(version)) {
+		if r.err == nil && (len(name) > softwareMax || len(version) > softwareMax || !softwareName.MatchString(name) || !softwareName.MatchString(version)) {
 			code = codeInvalidRequest
 		} else {
 			r.c.name = name + "/" + version

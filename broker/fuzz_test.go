@@ -6,7 +6,9 @@ import (
 	"encoding/binary"
 	"io"
 	"net"
+	"reflect"
 	runtimemetrics "runtime/metrics"
+	"slices"
 	"testing"
 	"time"
 
@@ -95,6 +97,9 @@ func (memory) Group(id string) *state.Group {
 func (memory) ProposeGroup(_ record.ShardID, _ []state.Command, done func(error)) { done(nil) }
 
 func (memory) Read(_ context.Context, _ record.TopicPartition, from record.Offset, _ tiering.Limits) (tiering.Result, error) {
+	if from < 0 || from > 10 {
+		return tiering.Result{}, tiering.ErrOutOfRange
+	}
 	return tiering.Result{Next: from}, nil
 }
 
@@ -127,7 +132,7 @@ func allocated() uint64 {
 func allowance(frame int) uint64 { return 16*uint64(frame) + 1<<20 }
 
 // checkAnswer says whether a frame is an answer in another implementation's eyes: it decodes, and encodes again to the same bytes.
-func checkAnswer(t testing.TB, a *api, version int16, b []byte) {
+func checkAnswer(t testing.TB, a *api, version int16, b []byte) kmsg.Response {
 	t.Helper()
 	if len(b) < 8 || int(binary.BigEndian.Uint32(b)) != len(b)-4 {
 		t.Fatalf("%s v%d: an answer of %d bytes says that it has %x", a.name, version, len(b), b[:min(4, len(b))])
@@ -144,6 +149,35 @@ func checkAnswer(t testing.TB, a *api, version int16, b []byte) {
 	if again := resp.AppendTo(nil); !bytes.Equal(again, body) {
 		t.Fatalf("%s v%d: %d bytes of answer, the same answer has %d:\n%x\n%x", a.name, version, len(body), len(again), body, again)
 	}
+	return resp
+}
+
+// codesOf checks an answer and returns the error codes in it that are not 0, each once.
+func codesOf(t testing.TB, x badCase, b []byte) (codes []int16) {
+	t.Helper()
+	var walk func(v reflect.Value)
+	walk = func(v reflect.Value) {
+		switch v.Kind() {
+		case reflect.Pointer:
+			if !v.IsNil() {
+				walk(v.Elem())
+			}
+		case reflect.Slice:
+			for i := range v.Len() {
+				walk(v.Index(i))
+			}
+		case reflect.Struct:
+			for i := range v.NumField() {
+				if f := v.Field(i); v.Type().Field(i).Name != "ErrorCode" {
+					walk(f)
+				} else if c := int16(f.Int()); c != codeNone && !slices.Contains(codes, c) {
+					codes = append(codes, c)
+				}
+			}
+		}
+	}
+	walk(reflect.ValueOf(checkAnswer(t, x.api, x.version, b)))
+	return codes
 }
 
 // FuzzRequests gives bytes to every handler: the first two choose key and version. Whatever they are, the connection is closed or one answer is given that another implementation
