@@ -194,15 +194,15 @@ func (c *coordinator) exists(id string) bool {
 	return sg.groups[id] != nil
 }
 
-// memberID makes the ID of a new member, as Kafka's: the client's name and a UUID.
+// memberID makes the ID of a new member, as Kafka's: the client's name, as far as every version can carry it, and a UUID.
 func memberID(client string) string {
 	var b [16]byte
 	_, _ = rand.Read(b[:]) // never fails
-	return client + "-" + hex.EncodeToString(b[:])
+	return client[:min(len(client), 255)] + "-" + hex.EncodeToString(b[:])
 }
 
-// groupIDMax bounds a group's name.
-const groupIDMax = 1 << 15
+// groupIDMax bounds a group's name: every version can carry it.
+const groupIDMax = 1<<15 - 1
 
 func checkGroupID(id string) int16 {
 	if id == "" || len(id) > groupIDMax {

@@ -3,6 +3,7 @@ package broker
 import (
 	"encoding/binary"
 	"errors"
+	"math"
 
 	"github.com/estran/estran/tiering/record"
 )
@@ -194,6 +195,7 @@ func (w *writer) str(s string) {
 	if w.flex {
 		w.uvarint(uint32(len(s)) + 1)
 	} else {
+		s = s[:min(len(s), math.MaxInt16)] // what is longer came in a flexible version, or quotes what came
 		w.i16(int16(len(s)))
 	}
 	w.b = append(w.b, s...)
