@@ -253,7 +253,7 @@ func handleDeleteTopics(r *request) error {
 	for i := range asked {
 		m := &asked[i]
 		ok := false
-		if m.name != "" {
+		if m.name != "" || r.version < 6 {
 			if m.t, ok = c.Topic(m.name); ok {
 				m.id = m.t.ID
 			}
