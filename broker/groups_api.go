@@ -44,6 +44,9 @@ func handleJoinGroup(r *request) error {
 	if code == codeNone && (q.Session < r.s.cfg.GroupMinSession || q.Session > r.s.cfg.GroupMaxSession) {
 		code = codeInvalidSessionTimeout
 	}
+	if code == codeNone && len(q.Protocols) > protocolsMax {
+		code = codeInconsistentProtocol
+	}
 	if code == codeNone {
 		code = r.s.groups.use(id, func(g *liveGroup) { g.Join(time.Now(), q, r.joined) })
 	}
@@ -52,6 +55,9 @@ func handleJoinGroup(r *request) error {
 	}
 	return nil
 }
+
+// protocolsMax bounds the protocols of a member: every member's are compared with every other's. Clients have a handful.
+const protocolsMax = 100
 
 func ms(v int32) time.Duration { return time.Duration(v) * time.Millisecond }
 
