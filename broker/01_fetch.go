@@ -65,9 +65,22 @@ func decodeFetch(r *request) *fetchRequest {
 		}
 		return r.str(), id
 	}
-	for range max(r.array(3), 0) {
+	least := 16 // bytes of a partition
+	switch {
+	case r.version >= 12:
+		least = 32
+	case r.version >= 9:
+		least = 28
+	case r.version >= 5:
+		least = 24
+	}
+	topics := max(r.array(3), 0)
+	if topics > 0 {
+		f.parts = make([]fetchPart, 0, len(r.b)/least) // nearly exact: most of a request are its partitions
+	}
+	for range topics {
 		name, id := topic()
-		for range max(r.array(16), 0) {
+		for range max(r.array(least), 0) {
 			p := fetchPart{name: name, id: id, partition: r.i32(), epoch: -1, lastEpoch: -1}
 			if r.version >= 9 {
 				p.epoch = r.i32()

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"context"
 	"time"
 
 	"github.com/estran/estran/raftmeta/state"
@@ -67,9 +68,11 @@ func handleListOffsets(r *request) error {
 	if r.err != nil {
 		return r.err
 	}
+	ctx, cancel := r.timeout(wait)
+	defer cancel()
 	for i := range topics {
 		for j := range topics[i].parts {
-			r.listOffset(topics[i].name, &topics[i].parts[j], wait)
+			r.listOffset(ctx, topics[i].name, &topics[i].parts[j])
 		}
 	}
 	w := r.respond(64 * len(topics))
@@ -97,15 +100,13 @@ func handleListOffsets(r *request) error {
 	return nil
 }
 
-func (r *request) listOffset(name string, p *listOffset, wait time.Duration) {
+func (r *request) listOffset(ctx context.Context, name string, p *listOffset) {
 	p.offset, p.at, p.outEpoch = -1, -1, -1
 	t, ok := r.s.b.Cluster().Topic(name)
 	if !ok || p.partition < 0 || int(p.partition) >= len(t.Partitions) {
 		p.code = codeUnknownTopicOrPartition
 		return
 	}
-	ctx, cancel := r.timeout(wait)
-	defer cancel()
 	tp := record.TopicPartition{Topic: t.ID, Partition: p.partition}
 	if p.ts == timeLatest { // never a guess: it must contain all that was acknowledged before the request came
 		if err := r.s.b.Prove(ctx, t.Partitions[p.partition].Shard); err != nil {
@@ -120,12 +121,10 @@ func (r *request) listOffset(name string, p *listOffset, wait time.Duration) {
 	if p.code = checkEpoch(p.epoch, info.LeaderEpoch); p.code != codeNone {
 		return
 	}
-	r.lookUp(&info, p, wait)
+	r.lookUp(ctx, &info, p)
 }
 
-func (r *request) lookUp(info *state.PartitionInfo, p *listOffset, wait time.Duration) {
-	ctx, cancel := r.timeout(wait)
-	defer cancel()
+func (r *request) lookUp(ctx context.Context, info *state.PartitionInfo, p *listOffset) {
 	var found bool
 	var err error
 	switch {

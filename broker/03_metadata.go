@@ -35,6 +35,7 @@ func handleMetadata(r *request) error {
 	if n < 0 || n == 0 && r.version == 0 {
 		all = true
 	}
+	again := repeated[topicMeta]()
 	for range max(n, 0) {
 		var m topicMeta
 		if r.version >= 10 {
@@ -46,7 +47,9 @@ func handleMetadata(r *request) error {
 			m.name = r.str()
 		}
 		r.tags()
-		asked = append(asked, m)
+		if !again(m) {
+			asked = append(asked, m)
+		}
 	}
 	create := true
 	if r.version >= 4 {

@@ -65,6 +65,7 @@ func (s *Server) createTopic(ctx context.Context, t raftmeta.TopicSpec) (*state.
 type newTopic struct {
 	spec     raftmeta.TopicSpec
 	assigned map[int32][]int32 // by partition
+	twice    bool              // the request names it more than once
 	made     *state.Topic
 	err      error
 }
@@ -104,21 +105,30 @@ func (t *newTopic) checkAssignment(c *state.Cluster) {
 
 // CreateTopics (19), versions 0-7: validate_only from 1, defaults from 4 (KIP-464), the configuration in the answer from 5 (KIP-525), topic IDs from 7.
 func handleCreateTopics(r *request) error {
-	topics := make([]newTopic, max(r.array(8), 0))
-	names := map[string]int{}
-	for i := range topics {
-		t := &topics[i]
-		t.spec.Name, t.spec.Partitions, t.spec.ReplicationFactor = r.str(), r.i32(), r.i16()
-		names[t.spec.Name]++
+	var topics []*newTopic
+	var again newTopic // takes what is said of a topic that was named before
+	byName := map[string]*newTopic{}
+	for range max(r.array(8), 0) {
+		name := r.str()
+		t := byName[name]
+		if t == nil {
+			t = &newTopic{}
+			byName[name], topics = t, append(topics, t)
+		} else {
+			t.twice, t = true, &again
+		}
+		t.spec.Name, t.spec.Partitions, t.spec.ReplicationFactor = name, r.i32(), r.i16()
 		for range max(r.array(5), 0) {
 			p := r.i32()
 			t.assign(p, r.i32s())
 			r.tags()
 		}
-		t.spec.Configs = map[string]string{}
 		for range max(r.array(2), 0) {
 			k, v := r.str(), r.nstr()
 			r.tags()
+			if t.spec.Configs == nil {
+				t.spec.Configs = map[string]string{}
+			}
 			if v != nil {
 				t.spec.Configs[k] = *v
 			}
@@ -138,10 +148,9 @@ func handleCreateTopics(r *request) error {
 	defer cancel()
 	var specs []raftmeta.TopicSpec
 	var asked []*newTopic
-	for i := range topics {
-		t := &topics[i]
+	for _, t := range topics {
 		switch {
-		case names[t.spec.Name] > 1:
+		case t.twice:
 			t.err = codedError{codeInvalidRequest, fmt.Sprintf("topic %q is named more than once", t.spec.Name)}
 		case len(t.assigned) > 0 && (t.spec.Partitions != -1 || t.spec.ReplicationFactor != -1):
 			t.err = codedError{codeInvalidRequest, "with an assignment of replicas the number of partitions and the replication factor must be -1"}
@@ -163,8 +172,7 @@ func handleCreateTopics(r *request) error {
 		w.i32(0)
 	}
 	w.array(len(topics))
-	for i := range topics {
-		t := &topics[i]
+	for _, t := range topics {
 		w.str(t.spec.Name)
 		if r.version >= 7 {
 			var id record.TopicID
@@ -225,6 +233,7 @@ func messageOf(err error) string {
 // DeleteTopics (20), versions 0-6: error messages from 5, by topic ID from 6.
 func handleDeleteTopics(r *request) error {
 	var asked []topicMeta
+	again := repeated[topicMeta]()
 	if r.version >= 6 {
 		for range max(r.array(17), 0) {
 			var m topicMeta
@@ -233,11 +242,15 @@ func handleDeleteTopics(r *request) error {
 			}
 			m.id = r.uuid()
 			r.tags()
-			asked = append(asked, m)
+			if !again(m) {
+				asked = append(asked, m)
+			}
 		}
 	} else {
 		for _, name := range r.strs() {
-			asked = append(asked, topicMeta{name: name})
+			if m := (topicMeta{name: name}); !again(m) {
+				asked = append(asked, m)
+			}
 		}
 	}
 	wait := timeoutOf(r.i32())
@@ -361,22 +374,27 @@ func handleCreatePartitions(r *request) error {
 	type topic struct {
 		name  string
 		total int32
+		twice bool
 		err   error
 	}
-	topics := make([]topic, max(r.array(7), 0))
-	names := map[string]int{}
-	for i := range topics {
-		t := &topics[i]
-		t.name, t.total = r.str(), r.i32()
-		names[t.name]++
+	var topics []*topic
+	byName := map[string]*topic{}
+	for range max(r.array(7), 0) {
+		name, total := r.str(), r.i32()
 		for range max(r.array(4), 0) { // assignments are accepted: every voter has every partition
-			r.i32s()
+			r.take(4 * max(r.array(4), 0))
 			r.tags()
 		}
 		r.tags()
 		if r.err != nil {
 			return r.err
 		}
+		if first := byName[name]; first != nil {
+			first.twice = true
+			continue
+		}
+		t := &topic{name: name, total: total}
+		byName[name], topics = t, append(topics, t)
 	}
 	wait := timeoutOf(r.i32())
 	validate := r.bool()
@@ -389,11 +407,10 @@ func handleCreatePartitions(r *request) error {
 	w := r.respond(64 * len(topics))
 	w.i32(0)
 	w.array(len(topics))
-	for i := range topics {
-		t := &topics[i]
+	for _, t := range topics {
 		old, ok := r.s.b.Cluster().Topic(t.name)
 		switch {
-		case names[t.name] > 1:
+		case t.twice:
 			t.err = codedError{codeInvalidRequest, fmt.Sprintf("topic %q is named more than once", t.name)}
 		case !ok:
 			t.err = raftmeta.ErrUnknownTopic

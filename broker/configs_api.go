@@ -69,19 +69,28 @@ type configRow struct {
 	synonyms    []configRow
 }
 
+// configResource is what has settings.
+type configResource struct {
+	typ  int8
+	name string
+}
+
 // DescribeConfigs (32), versions 0-4: sources and synonyms from 1, types and documentation from 3 (KIP-569).
 func handleDescribeConfigs(r *request) error {
 	type resource struct {
-		typ  int8
-		name string
+		configResource
 		keys []string
 	}
-	res := make([]resource, max(r.array(4), 0))
-	for i := range res {
-		res[i] = resource{r.i8(), r.str(), r.strs()}
+	var res []resource
+	again := repeated[configResource]()
+	for range max(r.array(4), 0) {
+		x := resource{configResource{r.i8(), r.str()}, r.strs()}
 		r.tags()
 		if r.err != nil {
 			return r.err
+		}
+		if !again(x.configResource) {
+			res = append(res, x)
 		}
 	}
 	synonyms := r.version >= 1 && r.bool()
@@ -199,15 +208,14 @@ type alteration struct {
 // IncrementalAlterConfigs (44), versions 0-1 (KIP-339): all or nothing per resource.
 func handleIncrementalAlterConfigs(r *request) error {
 	type resource struct {
-		typ  int8
-		name string
-		ops  []alteration
-		err  error
+		configResource
+		ops []alteration
+		err error
 	}
-	res := make([]resource, max(r.array(4), 0))
-	for i := range res {
-		x := &res[i]
-		x.typ, x.name = r.i8(), r.str()
+	var res []*resource
+	byName := map[configResource]*resource{}
+	for range max(r.array(4), 0) {
+		x := &resource{configResource: configResource{r.i8(), r.str()}}
 		x.ops = make([]alteration, max(r.array(3), 0))
 		for j := range x.ops {
 			x.ops[j] = alteration{r.str(), r.i8(), r.nstr()}
@@ -217,6 +225,12 @@ func handleIncrementalAlterConfigs(r *request) error {
 		if r.err != nil {
 			return r.err
 		}
+		if first := byName[x.configResource]; first != nil {
+			first.err = codedError{codeInvalidRequest, fmt.Sprintf("%q is changed more than once", x.name)}
+			continue
+		}
+		byName[x.configResource] = x
+		res = append(res, x)
 	}
 	validate := r.bool()
 	r.tags()
@@ -226,11 +240,12 @@ func handleIncrementalAlterConfigs(r *request) error {
 	w := r.respond(64 * len(res))
 	w.i32(0)
 	w.array(len(res))
-	for i := range res {
-		x := &res[i]
-		if x.typ == resourceTopic {
+	for _, x := range res {
+		switch {
+		case x.err != nil:
+		case x.typ == resourceTopic:
 			x.err = r.alterTopic(x.name, x.ops, validate)
-		} else {
+		default:
 			x.err = codedError{codeInvalidRequest, fmt.Sprintf("resource type %d cannot be changed by request: use the node's configuration", x.typ)}
 		}
 		w.i16(codeOf(x.err))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"slices"
 	"sync"
 	"time"
 
@@ -222,7 +223,7 @@ func handleFindCoordinator(r *request) error {
 		kind = r.i8()
 	}
 	if r.version >= 4 {
-		keys = r.strs()
+		keys = slices.DeleteFunc(r.strs(), repeated[string]())
 	}
 	r.tags()
 	if r.err != nil {

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"slices"
 	"time"
 
 	"github.com/estran/estran/broker/group"
@@ -27,7 +28,9 @@ func handleJoinGroup(r *request) error {
 	for range max(r.array(3), 0) {
 		p := group.Protocol{Name: r.str(), Metadata: append([]byte(nil), r.bytes()...)}
 		r.tags()
-		q.Protocols = append(q.Protocols, p)
+		if len(q.Protocols) <= protocolsMax {
+			q.Protocols = append(q.Protocols, p)
+		}
 	}
 	if r.version >= 8 {
 		r.nstr() // reason
@@ -188,8 +191,10 @@ func handleLeaveGroup(r *request) error {
 	if r.version <= 2 {
 		who = []leaver{{member: r.str()}}
 	} else {
-		for range max(r.array(3), 0) {
-			l := leaver{member: r.str()}
+		who = make([]leaver, max(r.array(3), 0))
+		for i := range who {
+			l := &who[i]
+			l.member = r.str()
 			if s := r.nstr(); s != nil {
 				l.instance = *s
 			}
@@ -197,7 +202,6 @@ func handleLeaveGroup(r *request) error {
 				r.nstr()
 			}
 			r.tags()
-			who = append(who, l)
 		}
 	}
 	r.tags()
@@ -215,7 +219,7 @@ func handleLeaveGroup(r *request) error {
 	if r.version <= 2 && code == codeNone {
 		code = who[0].code
 	}
-	w := r.respond(64)
+	w := r.respond(64 + 8*len(who))
 	if r.version >= 1 {
 		w.i32(0)
 	}
@@ -239,7 +243,7 @@ func handleLeaveGroup(r *request) error {
 
 // DescribeGroups (15), versions 0-6: authorized operations from 3, static members from 4; from 6 an unknown group is an error.
 func handleDescribeGroups(r *request) error {
-	ids := r.strs()
+	ids := slices.DeleteFunc(r.strs(), repeated[string]())
 	if r.version >= 3 {
 		r.bool()
 	}
@@ -261,8 +265,7 @@ func handleDescribeGroups(r *request) error {
 }
 
 func (r *request) describeGroup(w *writer, id string) {
-	view := group.New(id, group.Config{})
-	view.State = group.Dead
+	view := group.Group{State: group.Dead}
 	code, msg := checkGroupID(id), ""
 	if code == codeNone {
 		switch {
@@ -351,7 +354,7 @@ func handleListGroups(r *request) error {
 
 // DeleteGroups (42), versions 0-2.
 func handleDeleteGroups(r *request) error {
-	ids := r.strs()
+	ids := slices.DeleteFunc(r.strs(), repeated[string]())
 	r.tags()
 	if r.err != nil {
 		return r.err

@@ -41,9 +41,11 @@ func (c *coordinator) list(states, types []string) (out []groupRow) {
 			}
 		}
 	}
-	out = slices.DeleteFunc(out, func(g groupRow) bool {
-		return len(states) > 0 && !slices.ContainsFunc(states, func(s string) bool { return strings.EqualFold(s, g.state) })
-	})
+	wanted := map[string]bool{} // the list that was sent is gone through once a state, not once a group
+	for _, state := range []group.State{group.Empty, group.PreparingRebalance, group.CompletingRebalance, group.Stable, group.Dead} {
+		wanted[string(state)] = len(states) == 0 || slices.ContainsFunc(states, func(s string) bool { return strings.EqualFold(s, string(state)) })
+	}
+	out = slices.DeleteFunc(out, func(g groupRow) bool { return !wanted[g.state] })
 	slices.SortFunc(out, func(a, b groupRow) int { return cmp.Compare(a.id, b.id) })
 	return out
 }
@@ -146,7 +148,11 @@ func handleOffsetCommit(r *request) error {
 
 // commit makes the offsets durable and answers.
 func (r *request) commit(id string, topics []commitTopic, code int16) {
-	cmd := state.CommitOffsets{Group: id}
+	n := 0
+	for i := range topics {
+		n += len(topics[i].parts)
+	}
+	cmd := state.CommitOffsets{Group: id, Offsets: make([]state.OffsetCommit, 0, n)}
 	now := record.Timestamp(r.s.cfg.Now().UnixMilli())
 	for i := range topics {
 		t, ok := r.s.b.Cluster().Topic(topics[i].name)
@@ -221,6 +227,7 @@ func handleOffsetFetch(r *request) error {
 		g.decodeTopics(r)
 		groups = []fetchGroup{g}
 	} else {
+		again := repeated[string]()
 		for range max(r.array(3), 0) {
 			g := fetchGroup{id: r.str()}
 			if r.version >= 9 {
@@ -229,7 +236,9 @@ func handleOffsetFetch(r *request) error {
 			}
 			g.decodeTopics(r)
 			r.tags()
-			groups = append(groups, g)
+			if !again(g.id) {
+				groups = append(groups, g)
+			}
 		}
 	}
 	if r.version >= 7 {
@@ -252,7 +261,11 @@ func handleOffsetFetch(r *request) error {
 			cancel()
 		}
 	}
-	w := r.respond(256)
+	size := 256
+	for i := range groups {
+		size += 24 * len(groups[i].topics)
+	}
+	w := r.respond(size)
 	if r.version >= 3 {
 		w.i32(0)
 	}
@@ -281,10 +294,10 @@ func (g *fetchGroup) decodeTopics(r *request) {
 		g.all = true
 		return
 	}
-	for range n {
-		t := fetchTopic{name: r.str(), parts: r.i32s()}
+	g.topics = make([]fetchTopic, n)
+	for i := range g.topics {
+		g.topics[i] = fetchTopic{name: r.str(), parts: r.i32s()}
 		r.tags()
-		g.topics = append(g.topics, t)
 		if r.err != nil {
 			return
 		}

@@ -158,6 +158,17 @@ func (r *reader) strs() []string {
 	return out
 }
 
+// repeated reports whether it was given a key before. What a request names twice is answered once, as clients expect it who look for it by its name: else a frame of a few bytes a
+// time would ask for the whole of a large answer each time.
+func repeated[K comparable]() func(K) bool {
+	seen := map[K]struct{}{}
+	return func(k K) bool {
+		n := len(seen)
+		seen[k] = struct{}{}
+		return len(seen) == n
+	}
+}
+
 // tags skips the tagged fields of a structure in flexible versions.
 func (r *reader) tags() {
 	if !r.flex {
