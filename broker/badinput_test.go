@@ -3,9 +3,11 @@ package broker
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -315,6 +317,8 @@ func (b *bench) run(x badCase) {
 		b.t.Errorf("%s: %d bytes were allocated for a frame of %d", x.name, used, len(x.frame))
 	}
 	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		b.t.Errorf("%s: neither an answer nor the end", x.name)
 	case (err != nil) != (x.want == closed):
 		b.t.Errorf("%s: outcome %x, %v", x.name, got[:min(len(got), 100)], err)
 	case err == nil && x.want == int(codeUnsupportedVersion) && x.api.key == keyAPIVersions:
@@ -375,6 +379,40 @@ func TestMalformedRequests(t *testing.T) {
 		if seen[key] != 2 {
 			t.Errorf("%s is not in the table", a.name)
 		}
+	}
+	b.report()
+}
+
+// What is no frame, or a frame of something that is not served, ends the connection before anything is read into memory.
+func TestBadFrames(t *testing.T) {
+	leaks := goleak.IgnoreCurrent()
+	t.Cleanup(func() { goleak.VerifyNone(t, leaks) })
+	b := newBench(t)
+	sized := func(size int32, body ...byte) []byte {
+		return append(binary.BigEndian.AppendUint32(nil, uint32(size)), body...)
+	}
+	metadata, produce := head(keyMetadata, 9, true), head(keyProduce, 9, true)
+	rows := map[string][]byte{"an HTTP request": []byte("GET / HTTP/1.1\r\nHost: x\r\n\r\n"), "a TLS hello": append([]byte{22, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3}, make([]byte, 50)...), "an SSH banner": []byte("SSH-2.0-OpenSSH_9\r\n"),
+		"a PROXY header": []byte("PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n"), "Postgres": {0, 0, 0, 8, 4, 210, 22, 47, 0, 0, 0, 0}, "zeros": make([]byte, 64), "ones": bytes.Repeat([]byte{255}, 64)}
+	for _, size := range []int32{0, 1, 4, 7, -1, -8, -1 << 31} {
+		rows[fmt.Sprint("size ", size)] = sized(size, metadata...)
+	}
+	for _, size := range []int32{16<<20 + 1, 100 << 20, 1<<31 - 1} {
+		rows[fmt.Sprint("produce of ", size)] = sized(size, produce...)
+	}
+	for _, size := range []int32{smallFrame + 1, 16 << 20} {
+		rows[fmt.Sprint("metadata of ", size)] = sized(size, metadata...)
+	}
+	for _, key := range []int16{-1, -1 << 15, 93, 1000, 1<<15 - 1} {
+		rows[fmt.Sprint("key ", key)] = frame(head(key, 0, false))
+	}
+	for key := range int16(93) {
+		if b.s.apis[key] == nil {
+			rows[fmt.Sprint("key ", key, ", which Kafka has")] = frame(head(key, 0, false))
+		}
+	}
+	for name, bytes := range rows {
+		b.run(badCase{name, nil, 0, bytes, closed, false})
 	}
 	b.report()
 }
