@@ -225,6 +225,9 @@ func (m *Meta) createTopic(c CreateTopic) Result {
 	if _, ok := m.c.byName.Get(c.Name); ok {
 		return Result{Code: Exists}
 	}
+	if _, ok := m.c.TopicByID(c.ID); ok { // two topics of one ID would be told apart by the order in which they are restored
+		return Result{Code: Exists}
+	}
 	if m.c.Shards == 0 || c.Partitions < 1 {
 		return Result{Code: Invalid}
 	}

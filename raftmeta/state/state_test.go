@@ -736,6 +736,100 @@ func FuzzManifest(f *testing.F) {
 	})
 }
 
+// readable reports whether a body is a command's, and asks for no more than a test has memory for.
+func readable[C Command](body []byte, small func(C) bool) bool {
+	var c C
+	return json.Unmarshal(body, &c) == nil && (small == nil || small(c))
+}
+
+// metaCommands are the commands of meta that nodes send one another, with an example each.
+var metaCommands = []struct {
+	example  Command
+	readable func([]byte) bool
+}{
+	{RegisterNode{Node{ID: 2, Incarnation: "a", Host: "h", Port: 1}}, func(b []byte) bool { return readable[RegisterNode](b, nil) }},
+	{CreateTopic{ID: record.TopicID{1}, Name: "t", Partitions: 3, Configs: map[string]string{"a": "b"}}, func(b []byte) bool { return readable(b, func(c CreateTopic) bool { return c.Partitions < 100 }) }},
+	{DeleteTopic{ID: record.TopicID{1}}, func(b []byte) bool { return readable[DeleteTopic](b, nil) }},
+	{CreatePartitions{ID: record.TopicID{1}, Total: 5}, func(b []byte) bool { return readable(b, func(c CreatePartitions) bool { return c.Total < 100 }) }},
+	{AlterConfigs{Topic: record.TopicID{1}, Set: map[string]string{"c": "d"}, Delete: []string{"a"}}, func(b []byte) bool { return readable[AlterConfigs](b, nil) }},
+	{AllocateProducerIDs{Count: 10}, func(b []byte) bool { return readable[AllocateProducerIDs](b, nil) }},
+	{AlterMembers{Add: []int32{2}}, func(b []byte) bool { return readable[AlterMembers](b, nil) }},
+	{Drain{Node: 1, On: true}, func(b []byte) bool { return readable[Drain](b, nil) }},
+	{PreferLeader{Group: 1, Node: 2}, func(b []byte) bool { return readable[PreferLeader](b, nil) }},
+	{ForgetNode{Node: 2}, func(b []byte) bool { return readable[ForgetNode](b, nil) }},
+	{SettleSlots{}, func(b []byte) bool { return readable[SettleSlots](b, nil) }},
+	{AddShards{Total: 4, Founders: []string{"1.a"}}, func(b []byte) bool { return readable(b, func(c AddShards) bool { return c.Total < 100 }) }},
+	{TrimOutbox{Shard: 1, To: 2}, func(b []byte) bool { return readable[TrimOutbox](b, nil) }},
+}
+
+// FuzzMeta applies commands of meta with any contents. None panics, and the same commands give the same bytes, from the start and from a snapshot in the middle.
+func FuzzMeta(f *testing.F) {
+	var all []byte
+	for i, c := range metaCommands {
+		body, err := json.Marshal(c.example)
+		if err != nil {
+			f.Fatal(err)
+		}
+		one := append([]byte{byte(i), byte(len(body))}, body...)
+		f.Add(one)
+		all = append(all, one...)
+	}
+	f.Add(append(all, all...))
+	one := func(kind int, body string) string { return string([]byte{byte(kind), byte(len(body))}) + body }
+	id := `"ID":"01000000000000000000000000000000"`
+	f.Add([]byte(one(1, `{`+id+`,"Name":"b","Partitions":1}`) + one(1, `{`+id+`,"Name":"a","Partitions":1}`) + one(2, `{`+id+`}`)))
+	write := func(t *testing.T, m *Meta) []byte {
+		var b bytes.Buffer
+		f := m.Freeze()
+		if _, err := f.WriteTo(&b); err != nil {
+			t.Fatal(err)
+		}
+		return b.Bytes()
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		var e Entry
+		if _, err := e.Add(InitCluster{ClusterID: "c", Shards: 2, Members: []int32{1}}); err != nil {
+			t.Fatal(err)
+		}
+		first, _ := e.Cut(1, nil, 5, nil)
+		entries := [][]byte{first}
+		for len(data) > 2 && len(entries) < 40 {
+			c, n := metaCommands[int(data[0])%len(metaCommands)], min(int(data[1]), len(data)-2)
+			body := data[2 : 2+n]
+			data = data[2+n:]
+			if !c.readable(body) {
+				continue
+			}
+			e = Entry{other: append(binary.BigEndian.AppendUint32([]byte{byte(KindOf(c.example)), 0, 0, 0}, uint32(n)), body...), count: 1}
+			entry, _ := e.Cut(1, nil, record.Timestamp(10*len(entries)), nil)
+			entries = append(entries, entry)
+		}
+		m, again := NewMeta(), NewMeta()
+		var early []byte
+		for i, entry := range entries {
+			m.Apply(RaftIndex(i+1), 1, entry)
+			again.Apply(RaftIndex(i+1), 1, entry)
+			if i == len(entries)/2 {
+				early = write(t, m)
+			}
+		}
+		restored, err := RestoreMeta(bytes.NewReader(early))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := len(entries)/2 + 1; i < len(entries); i++ {
+			restored.Apply(RaftIndex(i+1), 1, entries[i])
+		}
+		want := write(t, m)
+		if got := write(t, again); !bytes.Equal(got, want) {
+			t.Errorf("the same commands:\n%s\n%s", got, want)
+		}
+		if got := write(t, restored); !bytes.Equal(got, want) {
+			t.Errorf("from a snapshot:\n%s\n%s", got, want)
+		}
+	})
+}
+
 func BenchmarkApply1000Slots12Partitions(b *testing.B) {
 	m := newMachine(b, 12)
 	var e Entry
