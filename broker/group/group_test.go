@@ -1,6 +1,7 @@
 package group
 
 import (
+	"bytes"
 	"fmt"
 	"math/rand/v2"
 	"testing"
@@ -417,13 +418,26 @@ func TestRandomMembers(t *testing.T) {
 	}
 }
 
+// FuzzRestore reads any record of a group: what can be read is written and read again to the same, and once nobody is heard of any more nobody is left.
 func FuzzRestore(f *testing.F) {
 	f.Add([]byte(`{"Members":[{"ID":"a"}]}`))
+	f.Add([]byte(`{"ProtocolType":"consumer","Protocol":"range","Leader":"a","Generation":3,"Members":[{"ID":"a","InstanceID":"i","ClientID":"c","Session":10000000000,"Protocols":[{"Name":"range","Metadata":"AQ=="}],"Assignment":"AQ=="},{"ID":"b","Session":1}]}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if g, err := Restore("g", Config{MaxSize: 5}, b, time.Unix(0, 0)); err == nil {
-			g.Persist = func(_ []byte, _ bool, done func(int16)) { done(0) }
-			g.Tick(time.Unix(1e6, 0))
-			g.Encode()
+		g, err := Restore("g", Config{MaxSize: 5}, b, time.Unix(0, 0))
+		if err != nil {
+			return
+		}
+		want := g.Encode()
+		again, err := Restore("g", Config{MaxSize: 5}, want, time.Unix(0, 0))
+		if err != nil || !bytes.Equal(again.Encode(), want) {
+			t.Fatalf("read again: %v\n%s\n%s", err, again.Encode(), want)
+		}
+		g.Persist = func(_ []byte, _ bool, done func(int16)) { done(0) }
+		for range 3 {
+			g.Tick(time.Unix(1<<40, 0))
+		}
+		if g.Size() > 0 {
+			t.Errorf("%d members long after everybody fell silent: %s", g.Size(), want)
 		}
 	})
 }

@@ -608,15 +608,27 @@ func TestMeta(t *testing.T) {
 	}
 }
 
+// FuzzEntry finds the directory of any entry: what is read is what was written, whether the batches are new or have their offsets already.
 func FuzzEntry(f *testing.F) {
-	var e Entry
+	var e, again Entry
 	e.AddSlot(Slot{Handle: 1, Len: 5})
 	data, _ := e.Cut(1, []byte("hello"), 5, nil)
 	f.Add(data)
+	again.AddRehomed(Slot{Handle: 1, Len: 5, Count: 2}, 7)
+	data, _ = again.Cut(1, []byte("hello"), 5, nil)
+	f.Add(data)
 	f.Fuzz(func(t *testing.T, data []byte) {
-		if s, err := DecodeSlots(data); err == nil {
-			for i := range s.Len() {
-				s.At(i)
+		slots, err := DecodeSlots(data)
+		if err != nil {
+			return
+		}
+		for i := range slots.Len() {
+			s := slots.At(i)
+			if got := s.append(nil); !bytes.Equal(got, slots.raw[i*slotBytes:(i+1)*slotBytes]) {
+				t.Errorf("slot %d: %+v", i, s)
+			}
+			if len(slots.bases) > 0 {
+				slots.base(i)
 			}
 		}
 	})
