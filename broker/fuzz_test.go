@@ -201,7 +201,7 @@ func FuzzRequests(f *testing.F) {
 		v := a.served() + int16(data[1])%(a.max-a.served()+1)
 		sg := &shardGroups{c: s.groups, id: 1, groups: map[string]*liveGroup{}}
 		s.groups.shards[1] = sg
-		s.session = newSessions(1)
+		s.session = newSessions(1, 1000)
 		c := newConn(s, nil, "fuzz")
 		r := &request{s: s, c: c, api: a, version: v, slot: &answer{api: a}, reader: reader{b: bytes.Clone(data[2:]), flex: v >= a.flex}}
 		before := allocated()

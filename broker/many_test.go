@@ -84,3 +84,34 @@ func TestManyElements(t *testing.T) {
 		}
 	}
 }
+
+// What sessions remember is bounded over all of them: the longest unused go, and the newest stays.
+func TestSessionsAreBounded(t *testing.T) {
+	const each, all = 100, 1000
+	s := newSessions(sessionsMax, all)
+	f := &fetchRequest{parts: make([]fetchPart, each)}
+	for i := range f.parts {
+		f.parts[i].partition = int32(i)
+	}
+	var ids []int32
+	for range all/each + 2 {
+		ses, _, code := s.begin(f, false, nil)
+		if code != codeNone {
+			t.Fatal(code)
+		}
+		ids = append(ids, ses.id)
+	}
+	if s.parts != all || len(s.m) != all/each {
+		t.Errorf("%d partitions in %d sessions", s.parts, len(s.m))
+	}
+	if _, _, code := s.begin(&fetchRequest{session: ids[1], epoch: 1}, false, nil); code != codeFetchSessionNotFound {
+		t.Errorf("the oldest: code %d", code)
+	}
+	if _, _, code := s.begin(&fetchRequest{session: ids[len(ids)-1], epoch: 1, forgotten: f.parts[:10]}, false, nil); code != codeNone || s.parts != all-10 {
+		t.Errorf("the newest: code %d, %d partitions", code, s.parts)
+	}
+	s.drop(nil)
+	if s.parts != 0 || len(s.m) != 0 {
+		t.Errorf("%d partitions in %d sessions after their connection has ended", s.parts, len(s.m))
+	}
+}

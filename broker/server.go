@@ -39,7 +39,7 @@ type Server struct {
 // NewServer returns a server over a backend. Its configuration must come from DefaultConfig.
 func NewServer(cfg Config, b Backend, r Reader) *Server {
 	s := &Server{cfg: cfg, b: b, read: r, m: newMetrics(cfg.Registerer), frames: semaphore.NewWeighted(cfg.FrameBudget), answers: semaphore.NewWeighted(cfg.ResponseBudget),
-		check: make(chan struct{}, cores()), session: newSessions(sessionsMax), conns: map[*conn]struct{}{}, perIP: map[string]int{}}
+		check: make(chan struct{}, cores()), session: newSessions(sessionsMax, sessionPartsAll), conns: map[*conn]struct{}{}, perIP: map[string]int{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.apis = map[int16]*api{}
 	for _, a := range apiList() {

@@ -9,10 +9,12 @@ import (
 	"github.com/estran/estran/tiering/record"
 )
 
-// sessionsMax bounds the fetch sessions of a broker; the longest unused one goes. sessionParts bounds the partitions of one.
+// sessionsMax bounds the fetch sessions of a broker; the longest unused one goes. sessionParts bounds the partitions of one, sessionPartsAll of all together: a client makes as many
+// sessions as it likes, of partitions that need not exist.
 const (
-	sessionsMax  = 1000
-	sessionParts = 100_000
+	sessionsMax     = 1000
+	sessionParts    = 100_000
+	sessionPartsAll = 1_000_000
 )
 
 // sessions are the incremental fetch sessions (KIP-227).
@@ -21,6 +23,8 @@ type sessions struct {
 	limit int
 	m     map[int32]*list.Element
 	order *list.List // of *session, newest first
+	most  int        // partitions of all together
+	parts int        // so many there are
 }
 
 // session remembers what a client fetches and what it was told, so that later fetches name only changes. One request at a time uses it.
@@ -32,6 +36,7 @@ type session struct {
 	index map[partKey]*sessionPart
 	full  bool // this request is a full one: everything is sent
 	owner *conn
+	count int // of its partitions, in sessions.parts; guarded by sessions.mu
 }
 
 type partKey struct {
@@ -48,8 +53,8 @@ type sessionPart struct {
 	high, start record.Offset // as last sent
 }
 
-func newSessions(limit int) *sessions {
-	return &sessions{limit: limit, m: map[int32]*list.Element{}, order: list.New()}
+func newSessions(limit, parts int) *sessions {
+	return &sessions{limit: limit, most: parts, m: map[int32]*list.Element{}, order: list.New()}
 }
 
 func keyOf(p *fetchPart) partKey { return partKey{p.name, p.id, p.partition} }
@@ -68,7 +73,7 @@ func (s *sessions) begin(f *fetchRequest, byID bool, c *conn) (*session, []*fetc
 			return nil, pointers(f.parts), codeNone
 		}
 		ses := s.makeLocked(byID, c)
-		ses.update(f)
+		s.updateLocked(ses, f)
 		ses.full = true
 		return ses, ses.pointers(), codeNone
 	}
@@ -88,7 +93,7 @@ func (s *sessions) begin(f *fetchRequest, byID bool, c *conn) (*session, []*fetc
 		ses.epoch = 1
 	}
 	ses.full = false
-	ses.update(f)
+	s.updateLocked(ses, f)
 	return ses, ses.pointers(), codeNone
 }
 
@@ -113,8 +118,19 @@ func (s *sessions) makeLocked(byID bool, c *conn) *session {
 	return ses
 }
 
+// updateLocked changes a session, which is the newest, and lets those go that there is no room for beside it.
+func (s *sessions) updateLocked(ses *session, f *fetchRequest) {
+	ses.update(f)
+	s.parts += len(ses.parts) - ses.count
+	ses.count = len(ses.parts)
+	for s.parts > s.most && s.order.Len() > 1 {
+		s.removeLocked(s.order.Back().Value.(*session).id)
+	}
+}
+
 func (s *sessions) removeLocked(id int32) {
 	if e := s.m[id]; e != nil {
+		s.parts -= e.Value.(*session).count
 		s.order.Remove(e)
 		delete(s.m, id)
 	}
