@@ -132,7 +132,7 @@ func handleFetch(r *request) error {
 		r.finish(encodeFetchError(r, code))
 		return nil
 	}
-	wait := time.Duration(max(f.maxWait, 0)) * time.Millisecond
+	wait := min(time.Duration(max(f.maxWait, 0))*time.Millisecond, r.s.cfg.FetchWait)
 	bytes := r.fetchOnce(f, parts, wait)
 	if bytes < int(f.minBytes) && wait > 0 && len(parts) > 0 && !anyError(parts) {
 		r.fetchLater(f, parts, began.Add(wait))

@@ -98,8 +98,9 @@ type Config struct {
 	// FrameBudget bounds request bytes in memory (64 MiB); ResponseBudget bytes of answers that are being sent (64 MiB).
 	FrameBudget, ResponseBudget int64
 	// IdleTimeout closes a connection without requests (10 min: connections.max.idle.ms); HeaderTimeout one whose request does not come in; WriteTimeout one
-	// that does not read.
-	IdleTimeout, HeaderTimeout, WriteTimeout time.Duration
+	// that does not read. FetchWait is the longest that a fetch waits for records, whatever its max_wait is (10 s): nobody reads from the connection meanwhile, so that its end is
+	// not seen.
+	IdleTimeout, HeaderTimeout, WriteTimeout, FetchWait time.Duration
 	// Now is the wall clock.
 	Now func() time.Time
 }
@@ -110,5 +111,6 @@ func DefaultConfig() Config {
 		MaxMessageBytes: 1_048_588, CompressionType: "producer", TimestampType: "CreateTime", TimestampBeforeMs: 1<<63 - 1, TimestampAfterMs: 3_600_000,
 		OffsetsRetention: 7 * 24 * time.Hour, OffsetMetadataMax: 4096, GroupInitialDelay: 3 * time.Second, GroupMinSession: 6 * time.Second,
 		GroupMaxSession: 30 * time.Minute, GroupMaxSize: 1<<31 - 1, RequestMaxBytes: 100 << 20, MaxConnections: 20_000, MaxConnectionsPerIP: 1<<31 - 1,
-		FrameBudget: 64 << 20, ResponseBudget: 64 << 20, IdleTimeout: 10 * time.Minute, HeaderTimeout: 30 * time.Second, WriteTimeout: 30 * time.Second, Now: time.Now}
+		FrameBudget: 64 << 20, ResponseBudget: 64 << 20, IdleTimeout: 10 * time.Minute, HeaderTimeout: 30 * time.Second, WriteTimeout: 30 * time.Second, FetchWait: 10 * time.Second,
+		Now: time.Now}
 }
