@@ -12,7 +12,7 @@ type metrics struct {
 	duration                                      *prometheus.HistogramVec
 	requests, errors, rejected, fetched           *prometheus.CounterVec
 	connections                                   prometheus.Gauge
-	badFrames, unsupported                        prometheus.Counter
+	badFrames, unsupported, acceptFailed          prometheus.Counter
 	bytesIn, bytesOut, messagesIn, bytesRejected  *prometheus.CounterVec
 	produces, fetches, failedProduce, failedFetch *prometheus.CounterVec
 	batch                                         prometheus.Histogram
@@ -33,14 +33,15 @@ func newMetrics(r prometheus.Registerer) *metrics {
 	m := &metrics{
 		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "estran_kafka_request_duration_seconds", Help: "Time from a request's arrival until its answer was written.",
 			Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}, NativeHistogramBucketFactor: 1.1}, []string{"api"}),
-		requests:    count("kafka_network_requestmetrics_requests_total", "Requests by API.", "request"),
-		errors:      count("estran_kafka_errors_total", "Errors answered.", "api", "error"),
-		rejected:    count("estran_kafka_connections_rejected_total", "Connections refused.", "reason"),
-		fetched:     count("estran_fetch_bytes_total", "Bytes of Fetch answers to consumers, by the tier that they came from.", "tier"),
-		connections: prometheus.NewGauge(prometheus.GaugeOpts{Name: "estran_kafka_connections", Help: "Open connections."}),
-		badFrames:   prometheus.NewCounter(prometheus.CounterOpts{Name: "estran_kafka_bad_frames_total", Help: "Frames that could not be decoded."}),
-		unsupported: prometheus.NewCounter(prometheus.CounterOpts{Name: "estran_kafka_unsupported_requests_total", Help: "Requests with a key or version that is not served."}),
-		bytesIn:     count(topics+"bytesin_total", "Bytes produced.", "topic"), bytesOut: count(topics+"bytesout_total", "Bytes fetched.", "topic"),
+		requests:     count("kafka_network_requestmetrics_requests_total", "Requests by API.", "request"),
+		errors:       count("estran_kafka_errors_total", "Errors answered.", "api", "error"),
+		rejected:     count("estran_kafka_connections_rejected_total", "Connections refused.", "reason"),
+		fetched:      count("estran_fetch_bytes_total", "Bytes of Fetch answers to consumers, by the tier that they came from.", "tier"),
+		connections:  prometheus.NewGauge(prometheus.GaugeOpts{Name: "estran_kafka_connections", Help: "Open connections."}),
+		badFrames:    prometheus.NewCounter(prometheus.CounterOpts{Name: "estran_kafka_bad_frames_total", Help: "Frames that could not be decoded."}),
+		unsupported:  prometheus.NewCounter(prometheus.CounterOpts{Name: "estran_kafka_unsupported_requests_total", Help: "Requests with a key or version that is not served."}),
+		acceptFailed: prometheus.NewCounter(prometheus.CounterOpts{Name: "estran_kafka_accept_failures_total", Help: "Times that a connection could not be accepted, for want of descriptors or memory."}),
+		bytesIn:      count(topics+"bytesin_total", "Bytes produced.", "topic"), bytesOut: count(topics+"bytesout_total", "Bytes fetched.", "topic"),
 		messagesIn: count(topics+"messagesin_total", "Records produced.", "topic"), bytesRejected: count(topics+"bytesrejected_total", "Bytes refused.", "topic"),
 		produces: count(topics+"totalproducerequests_total", "Produce requests.", "topic"), fetches: count(topics+"totalfetchrequests_total", "Fetch requests.", "topic"),
 		failedProduce: count(topics+"failedproducerequests_total", "Produce requests that failed.", "topic"),
@@ -49,7 +50,7 @@ func newMetrics(r prometheus.Registerer) *metrics {
 			Buckets: prometheus.ExponentialBuckets(128, 4, 9)}),
 		byAPI: map[string]apiMetrics{},
 	}
-	r.MustRegister(m.duration, m.requests, m.errors, m.rejected, m.fetched, m.connections, m.badFrames, m.unsupported, m.bytesIn, m.bytesOut, m.messagesIn,
+	r.MustRegister(m.duration, m.requests, m.errors, m.rejected, m.fetched, m.connections, m.badFrames, m.unsupported, m.acceptFailed, m.bytesIn, m.bytesOut, m.messagesIn,
 		m.bytesRejected, m.produces, m.fetches, m.failedProduce, m.failedFetch, m.batch)
 	for _, a := range apiList() {
 		m.byAPI[a.name] = apiMetrics{m.requests.WithLabelValues(a.name), m.duration.WithLabelValues(a.name)}

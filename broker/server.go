@@ -6,6 +6,7 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/semaphore"
@@ -67,15 +68,34 @@ func (s *Server) Serve(l net.Listener) error {
 			if s.ctx.Err() != nil || s.drain.Load() {
 				return ErrServerClosed
 			}
-			if ne, ok := errors.AsType[net.Error](err); ok && ne.Timeout() {
-				continue
+			if !passes(err) {
+				return err
 			}
-			return err
+			s.m.acceptFailed.Inc()
+			select { // what is missing comes back when connections end: more of them must not end the broker
+			case <-time.After(acceptPause):
+			case <-s.ctx.Done():
+			}
+			continue
 		}
 		if !s.admit(c) {
 			c.Close()
 		}
 	}
+}
+
+// acceptPause is between two tries to accept a connection for which something is missing.
+const acceptPause = 50 * time.Millisecond
+
+// passes reports whether a listener that failed so may succeed later: descriptors or memory were missing, or the client had gone already.
+func passes(err error) bool {
+	for _, e := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	ne, ok := errors.AsType[net.Error](err)
+	return ok && ne.Timeout()
 }
 
 // admit registers a connection and starts it, unless there are too many.

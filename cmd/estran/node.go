@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -252,8 +253,22 @@ func (n *node) wire(reg prometheus.Registerer) {
 	n.reader = tiering.NewReader(n.tier, n.host)
 	bc, _ := n.cfg.brokerConfig()
 	bc.Logger, bc.Registerer = n.log, reg
+	if most := affordable(); bc.MaxConnections > most {
+		n.log.Warn("fewer connections than configured: descriptors are left for the log, the store and other voters", "component", "node", "max.connections", bc.MaxConnections, "most", most,
+			"fix", "raise the limit of open files (ulimit -n)")
+		bc.MaxConnections = most
+	}
 	n.server = broker.NewServer(bc, n.host, n.reader)
 	close(n.wired)
+}
+
+// affordable is how many clients may be connected: three quarters of the descriptors that the process may have.
+func affordable() int {
+	var l syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &l); err != nil || l.Cur > 1<<31 {
+		return 1<<31 - 1
+	}
+	return int(l.Cur - l.Cur/4)
 }
 
 func (n *node) serve(reg *prometheus.Registry, info versionInfo) {
