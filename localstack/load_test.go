@@ -1,0 +1,426 @@
+package localstack
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/estran/estran/tiering/record"
+	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+// descriptors skips a test that this machine has too few descriptors for; what a process may have at most it has, the runtime sees to that.
+func descriptors(t *testing.T, need uint64) {
+	t.Helper()
+	var l syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &l); err != nil || l.Cur < need {
+		t.Skipf("it needs %d descriptors, there are %d (%v)", need, l.Cur, err)
+	}
+}
+
+// wire is a client's connection that does what no library would.
+type wire struct {
+	net.Conn
+	corr int32
+}
+
+// dialWire connects. Nothing on the connection takes longer than until waits: a test that hangs has failed.
+func dialWire(n *Node) (*wire, error) {
+	c, err := net.DialTimeout("tcp", n.Kafka, 30*time.Second)
+	if err != nil {
+		return nil, err
+	}
+	return &wire{Conn: c}, c.SetDeadline(time.Now().Add(2 * time.Minute))
+}
+
+func (w *wire) send(r kmsg.Request, version int16) error {
+	r.SetVersion(version)
+	w.corr++
+	_, err := w.Write(kmsg.NewRequestFormatter(kmsg.FormatterClientID("load")).AppendRequest(nil, r, w.corr))
+	return err
+}
+
+// receive reads one answer and drops its bytes; into decodes one whose version is not flexible.
+func (w *wire) receive(into kmsg.Response) (size int, err error) {
+	var head [8]byte
+	if _, err := io.ReadFull(w, head[:]); err != nil {
+		return 0, err
+	}
+	size = int(binary.BigEndian.Uint32(head[:])) - 4
+	if into == nil {
+		_, err = io.CopyN(io.Discard, w, int64(size))
+		return size, err
+	}
+	body := make([]byte, size)
+	if _, err := io.ReadFull(w, body); err != nil {
+		return 0, err
+	}
+	return size, into.ReadFrom(body)
+}
+
+// reset closes as a process does that was killed with bytes unread: nothing is said goodbye.
+func (w *wire) reset() {
+	if c, ok := w.Conn.(*net.TCPConn); ok {
+		_ = c.SetLinger(0) // else it is closed in the ordinary way
+	}
+	_ = w.Close() // twice is no fault
+}
+
+// produce is a request of one record.
+func produce(topic string, partition int32, value []byte) *kmsg.ProduceRequest {
+	b := record.NewBuilder(record.CodecNone)
+	b.Add(record.Timestamp(time.Now().UnixMilli()), nil, value)
+	batch, err := b.Batch()
+	if err != nil {
+		panic(err) // a record that does not fit
+	}
+	p := kmsg.NewProduceRequestTopicPartition()
+	p.Partition, p.Records = partition, batch
+	x := kmsg.NewProduceRequestTopic()
+	x.Topic, x.Partitions = topic, []kmsg.ProduceRequestTopicPartition{p}
+	r := kmsg.NewPtrProduceRequest()
+	r.Acks, r.TimeoutMillis, r.Topics = -1, 60_000, []kmsg.ProduceRequestTopic{x}
+	return r
+}
+
+// fetch asks for partitions from an offset on, each with all that an answer may hold.
+func fetch(topic string, partitions int32, from int64, wait time.Duration) *kmsg.FetchRequest {
+	x := kmsg.NewFetchRequestTopic()
+	x.Topic = topic
+	for i := range partitions {
+		p := kmsg.NewFetchRequestTopicPartition()
+		p.Partition, p.FetchOffset, p.PartitionMaxBytes, p.CurrentLeaderEpoch = i, from, 50<<20, -1
+		x.Partitions = append(x.Partitions, p)
+	}
+	r := kmsg.NewPtrFetchRequest()
+	r.MaxWaitMillis, r.MinBytes, r.MaxBytes, r.Topics = int32(wait.Milliseconds()), 1, 50<<20, []kmsg.FetchRequestTopic{x}
+	return r
+}
+
+const (
+	produceVersion = 8  // the last that is not flexible
+	fetchVersion   = 11 // the same
+)
+
+// produced asks for one record to be produced, and wants it acknowledged.
+func (w *wire) produced(topic string, partition int32, value []byte) error {
+	if err := w.send(produce(topic, partition, value), produceVersion); err != nil {
+		return err
+	}
+	resp := kmsg.NewPtrProduceResponse()
+	resp.SetVersion(produceVersion)
+	if _, err := w.receive(resp); err != nil {
+		return err
+	}
+	if code := resp.Topics[0].Partitions[0].ErrorCode; code != 0 {
+		return fmt.Errorf("code %d", code)
+	}
+	return nil
+}
+
+// use is what a process has of that which leaks.
+type use struct{ goroutines, descriptors, connections float64 }
+
+func usage(t *testing.T, n *Node) use {
+	t.Helper()
+	return use{metric(t, n, "go_goroutines "), metric(t, n, "process_open_fds "), metric(t, n, "estran_kafka_connections ")}
+}
+
+// back waits until a node has no more than before of what leaks, but for a few that come and go by themselves: of the test's clients, of sealing, of scrapes.
+func back(t *testing.T, n *Node, before use) {
+	t.Helper()
+	var now use
+	defer func() { t.Logf("before %+v, after %+v", before, now) }()
+	until(t, "what the connections needed to be given back", func() bool {
+		now = usage(t, n)
+		return now.connections <= before.connections+20 && now.goroutines <= before.goroutines+20 && now.descriptors <= before.descriptors+20
+	})
+}
+
+// each runs f so often at once, and fails with the first error.
+func each(t *testing.T, n int, f func(i int) error) {
+	t.Helper()
+	errs := make(chan error, n)
+	for i := range n {
+		go func() { errs <- f(i) }()
+	}
+	failed := 0
+	for range n {
+		if err := <-errs; err != nil {
+			if failed++; failed == 1 {
+				t.Error(err)
+			}
+		}
+	}
+	if failed > 0 {
+		t.Fatalf("%d of %d failed", failed, n)
+	}
+}
+
+// ends is how many records a topic has.
+func ends(t *testing.T, n *Node, topic string) (total int64) {
+	t.Helper()
+	cl := client(t, n)
+	defer cl.Close()
+	got, err := kadm.NewClient(cl).ListEndOffsets(t.Context(), topic)
+	if err != nil || got.Error() != nil {
+		t.Fatal(err, got.Error())
+	}
+	got.Each(func(o kadm.ListedOffset) { total += o.Offset })
+	return total
+}
+
+// Row 19: 5,000 clients are killed and come back at once. Each is answered, produces and waits in a fetch; none is refused, no record is lost or written twice, and when they have
+// gone nothing is left of them.
+func TestReconnectHerd(t *testing.T) {
+	const clients, partitions = 5000, 4
+	descriptors(t, clients+1000)
+	n := startNode(t, t.TempDir(), []string{"ESTRAN_QUORUM_SHARDS=2"})
+	createTopic(t, n, "t", partitions)
+	createTopic(t, n, "idle", 1) // a fetch of it waits
+	before := usage(t, n)
+	herd := func() []*wire {
+		out := make([]*wire, clients)
+		each(t, clients, func(i int) (err error) {
+			if out[i], err = dialWire(n); err != nil {
+				return err
+			}
+			if err := errors.Join(out[i].send(kmsg.NewPtrApiVersionsRequest(), 0), out[i].send(kmsg.NewPtrMetadataRequest(), 4)); err != nil {
+				return err
+			}
+			for range 2 {
+				if _, err := out[i].receive(nil); err != nil {
+					return err
+				}
+			}
+			if err := out[i].produced("t", int32(i%partitions), []byte("v")); err != nil {
+				return err
+			}
+			return out[i].send(fetch("idle", 1, 0, time.Second), fetchVersion)
+		})
+		return out
+	}
+	for range 2 {
+		all := herd()
+		if got := usage(t, n); got.connections < clients {
+			t.Errorf("%+v with %d clients", got, clients)
+		}
+		for _, c := range all {
+			c.reset()
+		}
+	}
+	if got := ends(t, n, "t"); got != 2*clients {
+		t.Errorf("%d records of %d", got, 2*clients)
+	}
+	if refused := metric(t, n, "estran_kafka_connections_rejected_total"); refused != 0 {
+		t.Errorf("%.0f connections were refused", refused)
+	}
+	back(t, n, before)
+}
+
+// Incident 42: 10,000 connections end in every way that there is: closed or reset, in the middle of a frame, half closed, with answers that nobody has read, with a fetch that waits for
+// weeks. Descriptors and goroutines are given back, and the node, left alone, does nothing.
+func TestDroppedConnections(t *testing.T) {
+	const rounds, atOnce = 5, 2000
+	descriptors(t, atOnce+1000)
+	n := startNode(t, t.TempDir(), []string{"ESTRAN_QUORUM_SHARDS=2"})
+	createTopic(t, n, "t", 2)
+	createTopic(t, n, "idle", 1)
+	if err := client(t, n).ProduceSync(t.Context(), &kgo.Record{Topic: "t", Value: make([]byte, 500_000)}).FirstErr(); err != nil {
+		t.Fatal(err)
+	}
+	before := usage(t, n)
+	var half sync.WaitGroup
+	for range rounds {
+		each(t, atOnce, func(i int) error {
+			c, err := dialWire(n)
+			if err != nil {
+				return err
+			}
+			switch i % 8 {
+			case 0: // nothing is sent
+			case 1:
+				_, err = c.Write([]byte{0, 0, 1, 0, 0, 0, 0, 8, 0})
+			case 2:
+				_, err = c.Write(binary.BigEndian.AppendUint32(nil, 1<<31-1))
+			case 3:
+				err = c.send(produce("t", 0, []byte("v")), produceVersion)
+			case 4:
+				err = c.send(fetch("t", 2, 0, 0), fetchVersion)
+			case 5:
+				err = c.produced("t", 1, []byte("v"))
+			case 6:
+				err = c.send(fetch("idle", 1, 0, 20*24*time.Hour), fetchVersion)
+			case 7: // half closed: the node ends it
+				if err = errors.Join(c.send(kmsg.NewPtrApiVersionsRequest(), 0), c.Conn.(*net.TCPConn).CloseWrite()); err == nil {
+					half.Go(func() {
+						_, _ = io.Copy(io.Discard, c) // until its end, however that comes
+						c.reset()
+					})
+					return nil
+				}
+			}
+			if i%16 < 8 {
+				c.reset()
+			}
+			return errors.Join(err, closed(c))
+		})
+	}
+	half.Wait()
+	back(t, n, before)
+	cpu, began := metric(t, n, "process_cpu_seconds_total"), time.Now()
+	<-time.After(2 * time.Second) // what is measured is a period
+	if used := (metric(t, n, "process_cpu_seconds_total") - cpu) / time.Since(began).Seconds(); used > 0.5 {
+		t.Errorf("%.2f cores are busy with nothing", used)
+	}
+}
+
+// closed closes a connection that may be closed.
+func closed(c *wire) error {
+	if err := c.Close(); !errors.Is(err, net.ErrClosed) {
+		return err
+	}
+	return nil
+}
+
+// flood holds connections open until it is ended, and says how many of them the node has ended instead.
+func flood(t *testing.T, n *Node, size int) (refused func() int, end func()) {
+	t.Helper()
+	var gone atomic.Int64
+	var wg sync.WaitGroup
+	conns := make([]*wire, size)
+	each(t, size, func(i int) error {
+		c, err := dialWire(n)
+		if err != nil {
+			return err
+		}
+		conns[i] = c
+		wg.Go(func() {
+			_, _ = io.Copy(io.Discard, c) // until its end, however that comes
+			gone.Add(1)
+		})
+		return nil
+	})
+	end = sync.OnceFunc(func() {
+		for _, c := range conns {
+			c.reset()
+		}
+		wg.Wait()
+	})
+	t.Cleanup(end)
+	return func() int { return int(gone.Load()) }, end
+}
+
+// Row 23: a voter has as many connections of clients as it may have, and 2,000 more are tried. They are refused and counted; its peers reach it as before, a voter that starts among
+// them, so that records are acknowledged that need it; and who comes later is served.
+func TestConnectionFlood(t *testing.T) {
+	const most, size = 200, 2000
+	descriptors(t, size+1000)
+	nodes := startQuorum(t, 3, "ESTRAN_QUORUM_SHARDS=1", fmt.Sprint("KAFKA_MAX_CONNECTIONS=", most))
+	createReplicated(t, nodes[0], "t", 1, 3)
+	var leader, flooded, other *Node
+	until(t, "a leader", func() bool {
+		leader = nil
+		for _, n := range nodes {
+			if metric(t, n, "estran_raft_state", `group="1"`, `state="Leader"`) == 1 {
+				leader = n
+			}
+		}
+		return leader != nil
+	})
+	for _, n := range nodes {
+		if n != leader {
+			flooded, other = other, n
+		}
+	}
+	if err := other.Kill(); err != nil { // what is acknowledged now needs the flooded one
+		t.Fatal(err)
+	}
+	refused, end := flood(t, flooded, size)
+	until(t, "what is too much to be refused", func() bool { return refused() == size-most })
+	if got := metric(t, flooded, "estran_kafka_connections_rejected_total", `reason="max_connections"`); got != size-most {
+		t.Errorf("%.0f were counted, %d were refused", got, size-most)
+	}
+	produceAll := func() {
+		t.Helper()
+		c, err := dialWire(leader) // a client of a library might ask the flooded one
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.reset()
+		for range 100 {
+			if err := c.produced("t", 0, []byte("v")); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	produceAll()
+	restart(t, other) // it asks its peers what they remember
+	if got := metric(t, flooded, "estran_kafka_connections "); got != most {
+		t.Errorf("%.0f connections, %d are allowed", got, most)
+	}
+	end()
+	until(t, "the flooded voter to serve again", func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		return client(t, flooded).Ping(ctx) == nil
+	})
+	produceAll()
+}
+
+// A process that may have few descriptors is flooded with more connections: it keeps enough for its log and its store, refuses and counts the others, and goes on.
+func TestFewDescriptors(t *testing.T) {
+	if testing.Short() {
+		t.Skip("processes are left out with -short")
+	}
+	p, err := program()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const limit, size = 400, 1000
+	script := filepath.Join(t.TempDir(), "estran")
+	if err := os.WriteFile(script, fmt.Appendf(nil, "#!/bin/sh\nulimit -n %d\nexec %s \"$@\"\n", limit, p), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	n := NewNode(script, t.TempDir(), []string{"ESTRAN_QUORUM_SHARDS=1", "ESTRAN_TIERING_SEAL_BYTES=1MiB", "ESTRAN_TIERING_SEAL_AGE=300ms", "ESTRAN_TIERING_LOCAL_RETENTION_BYTES=0"})
+	startAll(t, []*Node{n})
+	createTopic(t, n, "t", 1)
+	cl := client(t, n, kgo.DefaultProduceTopic("t"), kgo.ConnIdleTimeout(15*time.Minute))
+	send := func() {
+		t.Helper()
+		for range 20 {
+			if err := cl.ProduceSync(t.Context(), &kgo.Record{Value: make([]byte, 100_000)}).FirstErr(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	send()
+	refused, end := flood(t, n, size)
+	until(t, "what is too much to be refused", func() bool {
+		return metric(t, n, "estran_kafka_connections_rejected_total") == float64(refused()) && refused() >= size-limit
+	})
+	send()
+	until(t, "sealing while it is flooded", func() bool { return metric(t, n, "estran_unuploaded_bytes") == 0 })
+	end()
+	until(t, "the node to serve again", func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		return client(t, n).Ping(ctx) == nil
+	})
+	send()
+	if !n.Alive() {
+		t.Error("the node has ended")
+	}
+}
