@@ -187,12 +187,25 @@ func (g *group) openRaft() error {
 	if err != nil {
 		return errors.Join(err, g.trans.Close())
 	}
-	g.raft, err = raft.NewRaft(cfg, &fsm{g}, g.log, g.stable.ForRaft(), g.snaps.Store(), g.trans)
+	g.raft, err = newRaft(cfg, &fsm{g}, g.log, g.stable.ForRaft(), g.snaps.Store(), g.trans)
 	if err != nil {
 		return errors.Join(fmt.Errorf("raftmeta: opening group %d: %w", g.id, err), g.trans.Close())
 	}
 	g.live.Store(g.raft)
 	return nil
+}
+
+// newRaft is raft.NewRaft, which panics with the error of a log that it cannot read.
+func newRaft(cfg *raft.Config, f raft.FSM, log raft.LogStore, stable raft.StableStore, snaps raft.SnapshotStore, trans raft.Transport) (r *raft.Raft, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			var ok bool
+			if err, ok = p.(error); !ok || !errors.Is(err, raftlog.ErrCorrupt) {
+				panic(p)
+			}
+		}
+	}()
+	return raft.NewRaft(cfg, f, log, stable, snaps, trans)
 }
 
 // leadership follows raft's word on who leads. raft blocks on notify, so this loop never waits for raft.

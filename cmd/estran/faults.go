@@ -100,7 +100,7 @@ func dataDirFault(cfg *config, err error) error {
 	case errors.Is(err, raftlog.ErrVersion):
 		f.Code, f.Fix = "E_DATA_DIR_VERSION", "start the newer version that wrote it"
 	case errors.Is(err, raftlog.ErrCorrupt):
-		f.Code, f.Fix = "E_DATA_DIR_CORRUPT", "restore the disk; a damaged log is never cut by itself"
+		f.Code, f.Fix = "E_DATA_DIR_CORRUPT", fmt.Sprintf("with other voters: empty %s and start the node again, it comes as a new voter and gets all from them. A node that is alone needs its disk restored: a damaged log is never cut by itself", cfg.Node.DataDir)
 	}
 	return f
 }

@@ -756,6 +756,11 @@ func TestSnapshots(t *testing.T) {
 		t.Errorf("a flipped bit: %v", err)
 	}
 	l.Close()
+	l = open(t, fs, nil)
+	if _, err := OpenSnapshots(l); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("the only snapshot is damaged: %v", err)
+	}
+	l.Close()
 	for name := range fs.files {
 		if strings.HasSuffix(name, ".snap") {
 			delete(fs.files, name)
@@ -764,6 +769,49 @@ func TestSnapshots(t *testing.T) {
 	l = open(t, fs, nil)
 	if _, err := OpenSnapshots(l); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("a log that begins behind %d without snapshot: %v", base, err)
+	}
+}
+
+// A damaged snapshot is dropped while another reaches down to where the log begins: it would become installable later, and the log be freed on its word.
+func TestDamagedSnapshotIsDropped(t *testing.T) {
+	fs := newMemFS()
+	l := open(t, fs, nil)
+	for i := uint64(1); i <= 200; i++ {
+		store(t, l, command(i, 1, 5, 20_000))
+	}
+	s, err := OpenSnapshots(l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, idx := range []uint64{50, 150} {
+		if err := writeSnapshot(t, s.Store(), idx, 1, "state"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Applied(180, 60); err != nil { // hot from 60 on: 50 is installable
+		t.Fatal(err)
+	}
+	if _, err := l.free(); err != nil {
+		t.Fatal(err)
+	}
+	newest := filepath.Join("/log/snapshots", mustList(t, s)[0].ID)
+	l.Close()
+	fs.files[newest].data[len(fs.files[newest].data)-20] ^= 1 // the state's last byte lies before 16 bytes of trailer
+	l = open(t, fs, nil)
+	if s, err = OpenSnapshots(l); err != nil {
+		t.Fatal(err)
+	}
+	if list := mustList(t, s); len(list) != 1 || list[0].Index != 50 {
+		t.Errorf("%d snapshots, the newest at %d", len(list), list[0].Index)
+	}
+	if err := s.Applied(200, 200); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.free(); err != nil {
+		t.Fatal(err)
+	}
+	if b, _ := l.Base(); b > 50 {
+		t.Errorf("the log begins behind %d, the only snapshot is of 50", b)
 	}
 }
 

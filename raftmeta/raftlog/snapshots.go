@@ -85,6 +85,9 @@ func OpenSnapshots(l *Log) (*Snapshots, error) {
 		}
 	}
 	s.sortLocked()
+	if err := s.dropDamaged(); err != nil {
+		return nil, err
+	}
 	if i := s.newestInstallableLocked(); i != nil && !l.Holds(i.meta.Index, i.meta.Term) {
 		if err := l.Install(i.meta.Index, i.meta.Term); err != nil { // does nothing if the base is not below it
 			return nil, err
@@ -96,6 +99,51 @@ func OpenSnapshots(l *Log) (*Snapshots, error) {
 	}
 	s.publishLocked()
 	return s, nil
+}
+
+// dropDamaged removes snapshots whose state is not what was written, so that nothing is freed on the word of one. If none is left that the log goes on from, all stay as they are.
+func (s *Snapshots) dropDamaged() error {
+	base, _ := s.log.Base()
+	var damaged []error
+	left := s.snaps[:0:0]
+	for _, x := range s.snaps {
+		err := s.check(x.name)
+		switch {
+		case err == nil:
+			left = append(left, x)
+		case errors.Is(err, ErrCorrupt):
+			damaged = append(damaged, err)
+		default:
+			return err
+		}
+	}
+	if len(damaged) == 0 {
+		return nil
+	}
+	if base > 0 && (len(left) == 0 || left[0].meta.Index < base) {
+		return fmt.Errorf("%w; the log begins behind %d and no other snapshot reaches that far", errors.Join(damaged...), base)
+	}
+	s.log.log.Warn("snapshots are damaged, an older one or the log itself takes their place", "err", errors.Join(damaged...))
+	for _, x := range s.snaps {
+		if slices.Contains(left, x) {
+			continue
+		}
+		if err := s.removeFiles(x.name); err != nil {
+			return err
+		}
+	}
+	s.snaps = left
+	return nil
+}
+
+// check reads a snapshot whole.
+func (s *Snapshots) check(name string) error {
+	f, err := s.fs.Open(filepath.Join(s.dir, name))
+	if err != nil {
+		return fmt.Errorf("raftlog: %w", err)
+	}
+	_, _, _, err = checkSnapshot(f, name)
+	return errors.Join(err, f.Close())
 }
 
 func (s *Snapshots) sortLocked() {
@@ -260,13 +308,21 @@ func (s *Snapshots) reapLocked() error {
 			keep = append(keep, x)
 			continue
 		}
-		for _, n := range []string{x.name, x.name + ".inst"} {
-			if err := s.fs.Remove(filepath.Join(s.dir, n)); err != nil && !errors.Is(err, os.ErrNotExist) {
-				return fmt.Errorf("raftlog: %w", err)
-			}
+		if err := s.removeFiles(x.name); err != nil {
+			return err
 		}
 	}
 	s.snaps = keep
+	return nil
+}
+
+// removeFiles removes a snapshot and its flag.
+func (s *Snapshots) removeFiles(name string) error {
+	for _, n := range []string{name, name + ".inst"} {
+		if err := s.fs.Remove(filepath.Join(s.dir, n)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("raftlog: %w", err)
+		}
+	}
 	return nil
 }
 
