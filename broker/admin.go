@@ -2,6 +2,7 @@ package broker
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -24,13 +25,49 @@ func timeoutOf(ms int32) time.Duration {
 // partitionsMax bounds a topic.
 const partitionsMax = 10_000
 
-// checkTopic reports why a topic cannot be created, with Kafka's code; it fills in defaults.
-func (s *Server) checkTopic(t *raftmeta.TopicSpec) error {
+// current lets this node see all that any node has acknowledged before the request. Before that it must not be said that a topic exists, or does not.
+func (r *request) current(ctx context.Context) (err error) {
+	if !r.fresh {
+		err = r.s.b.Current(ctx)
+		r.fresh = err == nil
+	}
+	return err
+}
+
+// findTopic finds one by what its meta state says now.
+func (r *request) findTopic(ctx context.Context, find func(*state.Cluster) (*state.Topic, bool)) (*state.Topic, error) {
+	if t, ok := find(r.s.b.Cluster()); ok {
+		return t, nil
+	}
+	if err := r.current(ctx); err != nil {
+		return nil, err
+	}
+	if t, ok := find(r.s.b.Cluster()); ok {
+		return t, nil
+	}
+	return nil, raftmeta.ErrUnknownTopic
+}
+
+func (r *request) topicNamed(ctx context.Context, name string) (*state.Topic, error) {
+	t, err := r.findTopic(ctx, func(c *state.Cluster) (*state.Topic, bool) { return c.Topic(name) })
+	if errors.Is(err, raftmeta.ErrUnknownTopic) {
+		err = codedError{codeUnknownTopicOrPartition, fmt.Sprintf("topic %q does not exist", name)}
+	}
+	return t, err
+}
+
+// checkTopic reports why a topic cannot be created, with Kafka's code; it fills in defaults. current is asked before it says that the topic exists.
+func (s *Server) checkTopic(ctx context.Context, t *raftmeta.TopicSpec, current func(context.Context) error) error {
 	if err := checkTopicName(t.Name); err != nil {
 		return codedError{codeInvalidTopic, err.Error()}
 	}
 	if _, ok := s.b.Cluster().Topic(t.Name); ok {
-		return codedError{codeTopicExists, fmt.Sprintf("topic %q exists", t.Name)}
+		if err := current(ctx); err != nil { // it may have been deleted
+			return err
+		}
+		if _, ok := s.b.Cluster().Topic(t.Name); ok {
+			return codedError{codeTopicExists, fmt.Sprintf("topic %q exists", t.Name)}
+		}
 	}
 	if t.Partitions == -1 {
 		t.Partitions = s.cfg.NumPartitions
@@ -54,7 +91,7 @@ func (s *Server) checkTopic(t *raftmeta.TopicSpec) error {
 
 // createTopic checks and creates a topic.
 func (s *Server) createTopic(ctx context.Context, t raftmeta.TopicSpec) (*state.Topic, error) {
-	if err := s.checkTopic(&t); err != nil {
+	if err := s.checkTopic(ctx, &t, s.b.Current); err != nil {
 		return nil, err
 	}
 	made := s.b.CreateTopics(ctx, []raftmeta.TopicSpec{t})[0]
@@ -158,7 +195,7 @@ func handleCreateTopics(r *request) error {
 			t.checkAssignment(r.s.b.Cluster())
 		}
 		if t.err == nil {
-			t.err = r.s.checkTopic(&t.spec)
+			t.err = r.s.checkTopic(ctx, &t.spec, r.current)
 		}
 		if t.err == nil && !validate {
 			specs, asked = append(specs, t.spec), append(asked, t)
@@ -260,25 +297,25 @@ func handleDeleteTopics(r *request) error {
 	}
 	ctx, cancel := r.timeout(wait)
 	defer cancel()
-	c := r.s.b.Cluster()
 	var ids []record.TopicID
 	var gone []*topicMeta
 	for i := range asked {
 		m := &asked[i]
-		ok := false
-		if m.name != "" || r.version < 6 {
-			if m.t, ok = c.Topic(m.name); ok {
-				m.id = m.t.ID
-			}
-			m.code = codeUnknownTopicOrPartition
+		var err error
+		named := m.name != "" || r.version < 6
+		if named {
+			m.t, err = r.topicNamed(ctx, m.name)
 		} else {
-			if m.t, ok = c.TopicByID(m.id); ok {
-				m.name = m.t.Name
-			}
-			m.code = codeUnknownTopicID
+			m.t, err = r.findTopic(ctx, func(c *state.Cluster) (*state.Topic, bool) { return c.TopicByID(m.id) })
 		}
-		if ok {
+		switch {
+		case err == nil:
+			m.id, m.name = m.t.ID, m.t.Name
 			ids, gone = append(ids, m.id), append(gone, m)
+		case !named && errors.Is(err, raftmeta.ErrUnknownTopic):
+			m.code = codeUnknownTopicID
+		default:
+			m.code = codeOf(err)
 		}
 	}
 	for i, err := range r.s.b.DeleteTopics(ctx, ids) {
@@ -347,9 +384,11 @@ func handleDeleteRecords(r *request) error {
 		w.array(len(parts))
 		for i := range parts {
 			p := &parts[i]
-			t, ok := r.s.b.Cluster().Topic(p.topic)
+			t, err := r.topicNamed(ctx, p.topic)
 			switch {
-			case !ok || p.p < 0 || int(p.p) >= len(t.Partitions):
+			case err != nil:
+				p.code = codeOf(err)
+			case p.p < 0 || int(p.p) >= len(t.Partitions):
 				p.code = codeUnknownTopicOrPartition
 			case p.offset < -1:
 				p.code = codeOffsetOutOfRange
@@ -408,12 +447,12 @@ func handleCreatePartitions(r *request) error {
 	w.i32(0)
 	w.array(len(topics))
 	for _, t := range topics {
-		old, ok := r.s.b.Cluster().Topic(t.name)
+		old, err := r.topicNamed(ctx, t.name)
 		switch {
 		case t.twice:
 			t.err = codedError{codeInvalidRequest, fmt.Sprintf("topic %q is named more than once", t.name)}
-		case !ok:
-			t.err = raftmeta.ErrUnknownTopic
+		case err != nil:
+			t.err = err
 		case int(t.total) <= len(old.Partitions):
 			t.err = codedError{codeInvalidPartitions, fmt.Sprintf("topic %q has %d partitions, it cannot be given %d", t.name, len(old.Partitions), t.total)}
 		case t.total > partitionsMax:

@@ -40,6 +40,8 @@ type Cluster interface {
 	EpochEnd(record.TopicPartition, record.LeaderEpoch) (record.LeaderEpoch, record.Offset, error)
 	Watch(tps []record.TopicPartition, wake func()) (stop func())
 	Prove(context.Context, record.ShardID) error
+	// Current returns when this node's Cluster has all that any node has acknowledged before the call.
+	Current(context.Context) error
 	// Replicas are the nodes that have a shard; Voters is how many nodes the quorum has.
 	Replicas(record.ShardID) raftmeta.Replicas
 	Voters() int
@@ -85,6 +87,7 @@ type Config struct {
 	TimestampType       string        // log.message.timestamp.type: CreateTime
 	TimestampBeforeMs   int64         // log.message.timestamp.before.max.ms: no limit
 	TimestampAfterMs    int64         // log.message.timestamp.after.max.ms: 1 h
+	RetentionCheckMs    int64         // log.retention.check.interval.ms: 30 s; it concerns who deletes, and is told here
 	OffsetsRetention    time.Duration // offsets.retention.minutes: 7 days
 	OffsetMetadataMax   int           // offset.metadata.max.bytes: 4096
 	GroupInitialDelay   time.Duration // group.initial.rebalance.delay.ms: 3 s
@@ -109,7 +112,7 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(), NumPartitions: 3, RetentionMs: 604_800_000, RetentionBytes: -1,
 		MaxMessageBytes: 1_048_588, CompressionType: "producer", TimestampType: "CreateTime", TimestampBeforeMs: 1<<63 - 1, TimestampAfterMs: 3_600_000,
-		OffsetsRetention: 7 * 24 * time.Hour, OffsetMetadataMax: 4096, GroupInitialDelay: 3 * time.Second, GroupMinSession: 6 * time.Second,
+		RetentionCheckMs: 30_000, OffsetsRetention: 7 * 24 * time.Hour, OffsetMetadataMax: 4096, GroupInitialDelay: 3 * time.Second, GroupMinSession: 6 * time.Second,
 		GroupMaxSession: 30 * time.Minute, GroupMaxSize: 1<<31 - 1, RequestMaxBytes: 100 << 20, MaxConnections: 20_000, MaxConnectionsPerIP: 1<<31 - 1,
 		FrameBudget: 64 << 20, ResponseBudget: 64 << 20, IdleTimeout: 10 * time.Minute, HeaderTimeout: 30 * time.Second, WriteTimeout: 30 * time.Second, FetchWait: 10 * time.Second,
 		Now: time.Now}

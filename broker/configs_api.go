@@ -47,6 +47,7 @@ func (s *Server) brokerSettings() []brokerSetting {
 		{"log.message.timestamp.before.max.ms", typeLong, n(c.TimestampBeforeMs)},
 		{"log.message.timestamp.type", typeString, c.TimestampType},
 		{"log.retention.bytes", typeLong, n(c.RetentionBytes)},
+		{"log.retention.check.interval.ms", typeLong, n(c.RetentionCheckMs)},
 		{"log.retention.ms", typeLong, n(c.RetentionMs)},
 		{"max.connections", typeInt, n(int64(c.MaxConnections))},
 		{"message.max.bytes", typeInt, n(int64(c.MaxMessageBytes))},
@@ -103,7 +104,7 @@ func handleDescribeConfigs(r *request) error {
 	w.i32(0)
 	w.array(len(res))
 	for _, x := range res {
-		rows, err := r.s.describeConfigs(x.typ, x.name)
+		rows, err := r.describeConfigs(x.typ, x.name)
 		if x.keys != nil {
 			rows = slices.DeleteFunc(rows, func(c configRow) bool { return !slices.Contains(x.keys, c.name) })
 		}
@@ -122,12 +123,15 @@ func handleDescribeConfigs(r *request) error {
 	return nil
 }
 
-func (s *Server) describeConfigs(typ int8, name string) (rows []configRow, err error) {
+func (r *request) describeConfigs(typ int8, name string) (rows []configRow, err error) {
+	s := r.s
 	switch typ {
 	case resourceTopic:
-		t, ok := s.b.Cluster().Topic(name)
-		if !ok {
-			return nil, codedError{codeUnknownTopicOrPartition, fmt.Sprintf("topic %q does not exist", name)}
+		ctx, cancel := r.timeout(adminTimeout)
+		defer cancel()
+		t, err := r.topicNamed(ctx, name)
+		if err != nil {
+			return nil, err
 		}
 		for _, x := range topicSettings() {
 			row := configRow{name: x.name, value: s.defaults[x.name], typ: x.typ, source: sourceDefault}
@@ -260,9 +264,11 @@ func handleIncrementalAlterConfigs(r *request) error {
 }
 
 func (r *request) alterTopic(name string, ops []alteration, validate bool) error {
-	t, ok := r.s.b.Cluster().Topic(name)
-	if !ok {
-		return codedError{codeUnknownTopicOrPartition, fmt.Sprintf("topic %q does not exist", name)}
+	ctx, cancel := r.timeout(adminTimeout)
+	defer cancel()
+	t, err := r.topicNamed(ctx, name)
+	if err != nil {
+		return err
 	}
 	next := maps.Clone(t.Configs)
 	if next == nil {
@@ -293,8 +299,6 @@ func (r *request) alterTopic(name string, ops []alteration, validate bool) error
 		}
 	}
 	slices.Sort(del)
-	ctx, cancel := r.timeout(adminTimeout)
-	defer cancel()
 	return r.s.b.AlterConfigs(ctx, t.ID, set, del, r.s.parsed(next))
 }
 

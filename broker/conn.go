@@ -67,6 +67,7 @@ type request struct {
 	frame   []byte
 	held    int64 // of the frame budget
 	answer  int64 // of the budget of answers
+	fresh   bool  // current has succeeded
 }
 
 func newConn(s *Server, c net.Conn, ip string) *conn {

@@ -50,6 +50,7 @@ func (memory) Down(int32) bool                             { return false }
 func (memory) Leader(record.ShardID) (int32, bool)         { return 1, true }
 func (memory) AwaitLeader(context.Context, record.ShardID) {}
 func (memory) Prove(context.Context, record.ShardID) error { return nil }
+func (memory) Current(context.Context) error               { return nil }
 func (memory) Replicas(record.ShardID) raftmeta.Replicas {
 	return raftmeta.Replicas{Voters: []int32{1}, InSync: []int32{1}}
 }

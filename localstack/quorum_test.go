@@ -13,7 +13,9 @@ import (
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
 // startQuorum starts voters that share a directory as their store.
@@ -265,4 +267,54 @@ func TestQuorumWipe(t *testing.T) {
 		l.verify(t, n, "t")
 	}
 	sameLogs(t, nodes)
+}
+
+// Topics are made, changed and deleted at one node after another, each request as soon as the one before is answered: none is told of a state that was over by then.
+func TestAdminAtAnyNode(t *testing.T) {
+	nodes := startQuorum(t, 3)
+	var at []*kgo.Broker
+	for _, n := range nodes {
+		at = append(at, client(t, n).SeedBrokers()[0])
+	}
+	for i := range 15 {
+		name := "t" // the same again and again
+		create := kmsg.NewPtrCreateTopicsRequest()
+		topic := kmsg.NewCreateTopicsRequestTopic()
+		topic.Topic, topic.NumPartitions, topic.ReplicationFactor = name, 1, 3
+		create.Topics = append(create.Topics, topic)
+		grow := kmsg.NewPtrCreatePartitionsRequest()
+		more := kmsg.NewCreatePartitionsRequestTopic()
+		more.Topic, more.Count = name, 2
+		grow.Topics = append(grow.Topics, more)
+		alter := kmsg.NewPtrIncrementalAlterConfigsRequest()
+		resource, config := kmsg.NewIncrementalAlterConfigsRequestResource(), kmsg.NewIncrementalAlterConfigsRequestResourceConfig()
+		resource.ResourceType, resource.ResourceName = kmsg.ConfigResourceTypeTopic, name
+		config.Name, config.Value = "retention.ms", kmsg.StringPtr("1000")
+		resource.Configs = append(resource.Configs, config)
+		alter.Resources = append(alter.Resources, resource)
+		remove := kmsg.NewPtrDeleteTopicsRequest()
+		gone := kmsg.NewDeleteTopicsRequestTopic()
+		gone.Topic = &name
+		remove.Topics, remove.TopicNames = append(remove.Topics, gone), []string{name}
+		for j, q := range []kmsg.Request{create, grow, alter, remove} {
+			resp, err := at[(i+j)%3].RetriableRequest(t.Context(), q)
+			if err != nil {
+				t.Fatal(err)
+			}
+			code := int16(0)
+			switch r := resp.(type) {
+			case *kmsg.CreateTopicsResponse:
+				code = r.Topics[0].ErrorCode
+			case *kmsg.CreatePartitionsResponse:
+				code = r.Topics[0].ErrorCode
+			case *kmsg.IncrementalAlterConfigsResponse:
+				code = r.Resources[0].ErrorCode
+			case *kmsg.DeleteTopicsResponse:
+				code = r.Topics[0].ErrorCode
+			}
+			if err := kerr.ErrorForCode(code); err != nil {
+				t.Fatalf("round %d, %T at node %d: %v", i, q, (i+j)%3+1, err)
+			}
+		}
+	}
 }

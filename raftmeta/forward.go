@@ -26,6 +26,10 @@ type forwarded struct {
 	Commands []forwarded     `json:"commands,omitempty"`
 	// Ask asks whoever it is for the members instead.
 	Ask bool `json:"ask,omitempty"`
+	// Read asks the leader how far one must have applied to see all that was acknowledged.
+	Read bool `json:"read,omitempty"`
+	// Payload asks whoever it is, leader or not, for bytes of an entry of the group.
+	Payload *payloadAsked `json:"payload,omitempty"`
 }
 
 type forwardedResult struct {
@@ -39,6 +43,7 @@ type forwardedResult struct {
 	// Members are the server IDs of the members, as of meta's entry Index.
 	Members []string `json:"members,omitempty"`
 	Why     string   `json:"why,omitempty"` // of a Code
+	Payload []byte   `json:"payload,omitempty"`
 	// Results are those of Commands.
 	Results []forwardedResult `json:"results,omitempty"`
 }
@@ -154,6 +159,53 @@ func (h *Host) forwardAll(ctx context.Context, g *group, to string, cs []state.C
 	}
 }
 
+// Current returns when all of meta that was acknowledged before the call, by whatever node, is applied here. Before that a node must not say that something does not exist, or does.
+func (h *Host) Current(ctx context.Context) error {
+	for {
+		err := h.catchUp(ctx)
+		if !errors.Is(err, ErrNotLeader) {
+			return err
+		}
+		t := time.NewTimer(forwardRetry)
+		select {
+		case <-t.C:
+			continue
+		case <-ctx.Done():
+			err = fmt.Errorf("%w: %w", ErrTimeout, err)
+		case <-h.stop:
+			err = ErrStopped
+		}
+		t.Stop()
+		return err
+	}
+}
+
+func (h *Host) catchUp(ctx context.Context) error {
+	if h.meta.leads.Load() > 0 {
+		return h.prove(ctx, h.meta)
+	}
+	to := h.meta.leaderServer()
+	if to == "" || to == h.identity.serverID() {
+		return ErrNotLeader
+	}
+	body, err := json.Marshal(forwarded{Read: true})
+	if err != nil {
+		return err
+	}
+	b, err := h.peers.Forward(ctx, to, uint32(h.meta.id), body)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrNotLeader, err) // a question may be asked again
+	}
+	var r forwardedResult
+	if err := json.Unmarshal(b, &r); err != nil {
+		return err
+	}
+	if r.NotLeader {
+		return ErrNotLeader
+	}
+	return h.await(ctx, "meta to be applied as far as it is acknowledged", func() bool { return h.meta.applied.Load() >= r.Index })
+}
+
 // forward sends commands to the leader; it returns a result for each.
 func (h *Host) forward(ctx context.Context, g *group, to string, msg *forwarded) ([]forwardedResult, error) {
 	body, err := json.Marshal(msg)
@@ -205,8 +257,17 @@ func (h *Host) onForward(ctx context.Context, group uint32, body []byte) ([]byte
 	if f.Ask {
 		return json.Marshal(h.memberServers())
 	}
+	if f.Payload != nil {
+		return json.Marshal(h.payloadFor(group, *f.Payload))
+	}
 	if group != 0 || !h.serving.Load() {
 		return json.Marshal(forwardedResult{NotLeader: true})
+	}
+	if f.Read {
+		if err := h.prove(ctx, h.meta); err != nil {
+			return json.Marshal(forwardedResult{NotLeader: true})
+		}
+		return json.Marshal(forwardedResult{Index: h.meta.applied.Load()})
 	}
 	single := f.Kind != 0
 	if single {

@@ -84,6 +84,8 @@ type group struct {
 
 	watch  watchers
 	recent recentIndex
+	// mending: a damaged entry is being repaired.
+	mending atomic.Bool
 
 	notify chan bool
 	stop   chan struct{}

@@ -370,6 +370,10 @@ func (h *Host) Prove(ctx context.Context, s record.ShardID) error {
 	if g == nil {
 		return ErrUnknownPartition
 	}
+	return h.prove(ctx, g)
+}
+
+func (h *Host) prove(ctx context.Context, g *group) error {
 	term := g.leads.Load()
 	if term == 0 || g.raft.CurrentTerm() != term {
 		return ErrNotLeader

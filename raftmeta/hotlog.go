@@ -60,9 +60,13 @@ func (h *Host) ReadHot(_ context.Context, tp record.TopicPartition, from record.
 			if res.Bytes > 0 { // what was read is good; the next read meets the fault again
 				break
 			}
+			base := r.refs[i].Base
 			r.put()
 			if errors.Is(err, raftlog.ErrGone) {
 				return tiering.Result{}, tiering.ErrNotLocal
+			}
+			if errors.Is(err, raftlog.ErrCorrupt) {
+				g.mend(tp, max(base, from))
 			}
 			return tiering.Result{}, fmt.Errorf("%w: %w", tiering.ErrStorage, err)
 		}

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/estran/estran/localstack"
+	"github.com/estran/estran/raftmeta/state"
 	"github.com/estran/estran/tiering/record"
 
 	"github.com/hashicorp/raft"
@@ -464,4 +465,35 @@ func TestLeaderWhileItYields(t *testing.T) {
 		t.Error(err)
 	}
 	leads("after it gave the leadership away, which it has not noticed yet", false)
+}
+
+// What one node has acknowledged another knows once it is current; it would not at once.
+func TestCurrent(t *testing.T) {
+	c := newTrio(t, 3)
+	c.start(0, 1, 2)
+	late := 0
+	for i := range 60 {
+		name := fmt.Sprint("t", i)
+		if _, err := createTopic(t.Context(), c.hosts[i%3], TopicSpec{Name: name, Partitions: 1, ReplicationFactor: 1, Parsed: state.PartitionConfig{RetentionMs: -1, RetentionBytes: -1}}); err != nil {
+			t.Fatal(err)
+		}
+		h := c.hosts[(i+1)%3]
+		if _, ok := h.Cluster().Topic(name); !ok {
+			late++
+		}
+		if err := h.Current(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if _, ok := h.Cluster().Topic(name); !ok {
+			t.Fatalf("node %d does not know topic %s", h.NodeID(), name)
+		}
+	}
+	t.Logf("%d of 60 topics were not known at once", late)
+	c.stop(0)
+	c.stop(1)
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	if err := c.hosts[2].Current(ctx); !errors.Is(err, ErrTimeout) {
+		t.Errorf("without a majority: %v", err)
+	}
 }

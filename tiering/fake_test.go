@@ -40,6 +40,8 @@ type fake struct {
 	pinned  int64
 	rehomed []record.Offset
 	order   []segment.Number // of commits
+	// repair mends a damaged batch; nil: nobody has it whole.
+	repair func(tp record.TopicPartition, at record.Offset)
 	// fail is asked before (and, with the name + " done", after) each change; its error is returned.
 	fail func(step string) error
 }
@@ -364,6 +366,16 @@ func (f *fake) Rehome(_ context.Context, _ record.ShardID, _ record.TopicPartiti
 		f.rehomed = append(f.rehomed, record.Batch(batches[i].Header[:]).LastOffset())
 	}
 	f.pinned = 0
+	return nil
+}
+
+func (f *fake) Repair(_ context.Context, _ record.ShardID, tp record.TopicPartition, at record.Offset) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.repair == nil {
+		return errors.New("nobody has it whole")
+	}
+	f.repair(tp, at)
 	return nil
 }
 

@@ -168,7 +168,13 @@ func (t *Tiering) seal(ctx context.Context, s record.ShardID, k task, before <-c
 		switch {
 		case errors.As(err, &body): // this partition cannot be sealed here; the others must not wait for it
 			t.m.corruption.WithLabelValues("log").Inc()
-			t.cfg.Logger.Error("a hot batch is damaged and cannot be sealed", "component", "tier", "partition", body.TP, "offset", body.Offset, "err", body.Err)
+			if err = t.cat.Repair(ctx, s, body.TP, body.Offset); err == nil {
+				if !wait(ctx, pause) { // should it not have helped, the next look says so
+					return
+				}
+				continue
+			}
+			t.cfg.Logger.Error("a hot batch is damaged and cannot be sealed", "component", "tier", "partition", body.TP, "offset", body.Offset, "err", errors.Join(body.Err, err))
 			k.ranges = without(k.ranges, body.TP)
 			continue
 		case err != nil:

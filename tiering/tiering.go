@@ -147,6 +147,8 @@ type Catalog interface {
 	Commit(ctx context.Context, o segment.Object, runs []segment.PartitionRun) ([]Verdict, error)
 	// Rehome appends the same batches again, so that their old entries can be freed.
 	Rehome(ctx context.Context, s record.ShardID, tp record.TopicPartition, batches []HotBatch) error
+	// Repair does the same for what this node's copy has damaged, with the bytes of another; offset lies in the first batch that is.
+	Repair(ctx context.Context, s record.ShardID, tp record.TopicPartition, offset record.Offset) error
 	AdvanceLogStart(ctx context.Context, tp record.TopicPartition, to record.Offset) error
 	Partitions(s record.ShardID) []PartitionStatus
 	// Sweep expires what the shard's clock has passed.

@@ -237,7 +237,7 @@ func TestLateUploadIsDeletedAgain(t *testing.T) {
 	})
 }
 
-// A batch that is damaged in the log is never sealed, and keeps no other partition from it.
+// A batch that is damaged in the log is never sealed, and keeps no other partition from it. It is once another voter has given it whole.
 func TestDamagedBatchIsNotSealed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFake(t)
@@ -258,6 +258,21 @@ func TestDamagedBatchIsNotSealed(t *testing.T) {
 		if testutil.ToFloat64(r.tier.m.corruption.WithLabelValues("log")) == 0 {
 			t.Error("nothing counts the damage")
 		}
+		f.mu.Lock()
+		damaged := f.parts[partition(1)].batches[1]
+		f.repair = func(tp record.TopicPartition, at record.Offset) {
+			if tp != partition(1) || at != damaged.BaseOffset() {
+				t.Errorf("offset %d of %s is to be repaired", at, tp)
+			}
+			damaged[200] ^= 1
+			f.repair = func(record.TopicPartition, record.Offset) { t.Error("what is whole is repaired") }
+		}
+		f.mu.Unlock()
+		time.Sleep(5 * time.Minute)
+		if b, _ := f.Bounds(partition(1)); b.SealedEnd != b.HighWatermark {
+			t.Errorf("the repaired partition is sealed up to %d of %d", b.SealedEnd, b.HighWatermark)
+		}
+		r.check(t, partition(1))
 	})
 }
 

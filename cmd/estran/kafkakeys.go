@@ -71,6 +71,7 @@ var kafkaKeys = []kafkaKey{
 	{"log.message.timestamp.before.max.ms", setInt(func(c *broker.Config) *int64 { return &c.TimestampBeforeMs }, 0, 1<<63-1)},
 	{"log.message.timestamp.type", setOneOf(func(c *broker.Config) *string { return &c.TimestampType }, "CreateTime", "LogAppendTime")},
 	{"log.retention.bytes", setInt(func(c *broker.Config) *int64 { return &c.RetentionBytes }, -1, 1<<62)},
+	{"log.retention.check.interval.ms", setInt(func(c *broker.Config) *int64 { return &c.RetentionCheckMs }, 1, 1<<40)},
 	{"log.retention.ms", setInt(func(c *broker.Config) *int64 { return &c.RetentionMs }, -1, 1<<62)},
 	{"max.connections", setInt(func(c *broker.Config) *int { return &c.MaxConnections }, 1, maxInt)},
 	{"max.connections.per.ip", setInt(func(c *broker.Config) *int { return &c.MaxConnectionsPerIP }, 1, maxInt)},
