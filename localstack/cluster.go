@@ -18,6 +18,7 @@ type Cluster struct {
 	Objects string   // directory of the store that they share
 	Storage string   // URL of another store; "" = Objects
 	Network *Network // that they reach one another through; nil = directly
+	Disks   int64    // size of a disk of its own for each voter (MakeDisk); 0 = they share the machine's
 
 	program, dir string
 	size         int
@@ -91,13 +92,56 @@ func (c *Cluster) describe(ports []int) error {
 		if err != nil {
 			return err
 		}
-		n := NewNode(c.program, dir, append([]string{"ESTRAN_STORAGE_URL=" + storage, "ESTRAN_QUORUM_VOTERS=" + strings.Join(voters, ","),
+		data, disk := dir, ""
+		if c.Disks > 0 {
+			if err := c.addDisk(dir); err != nil {
+				return err
+			}
+			data, disk = filepath.Join(dir, "data"), dir
+		}
+		n := NewNode(c.program, data, append([]string{"ESTRAN_STORAGE_URL=" + storage, "ESTRAN_QUORUM_VOTERS=" + strings.Join(voters, ","),
 			fmt.Sprint("ESTRAN_NODE_ID=", i+1)}, c.env...))
 		n.Peer, n.Kafka, n.http, n.attr = address(3*i), address(3*i+1), address(3*i+2), leash()
+		n.Disk = disk
 		n.Log = func(line string) { fmt.Fprintln(log, line) } // a log that cannot be written is no reason to end
 		c.Nodes = append(c.Nodes, n)
 	}
 	return nil
+}
+
+func (c *Cluster) addDisk(dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("localstack: %w", err)
+	}
+	if err := MakeDisk(image(dir), c.Disks); err != nil {
+		return err
+	}
+	return MountDisk(image(dir), dir)
+}
+
+// image is the file behind the disk at dir.
+func image(dir string) string { return dir + ".disk" }
+
+// CutPower takes the power from voters that have disks: what they have not synced is lost. It returns when all have ended and their disks are mounted again.
+func (c *Cluster) CutPower(nodes ...*Node) error {
+	var errs []error
+	for _, n := range nodes {
+		if n.Disk == "" {
+			return fmt.Errorf("%w: this voter has none of its own", ErrNoDisk)
+		}
+		errs = append(errs, shutDisk(n.Disk)) // all before any process ends: those that live on may not learn of it first
+	}
+	for _, n := range nodes {
+		errs = append(errs, n.Kill())
+	}
+	for _, n := range nodes {
+		if err := UnmountDisk(n.Disk); err != nil {
+			errs = append(errs, err) // mounted twice it would be destroyed
+			continue
+		}
+		errs = append(errs, MountDisk(image(n.Disk), n.Disk))
+	}
+	return errors.Join(errs...)
 }
 
 // voters are all as one of them reaches them.
@@ -130,6 +174,10 @@ func (c *Cluster) Close() error {
 	var errs []error
 	for _, n := range c.Nodes {
 		errs = append(errs, n.Kill())
+		if n.Disk != "" {
+			errs = append(errs, UnmountDisk(n.Disk), os.Remove(image(n.Disk)))
+			n.Disk = ""
+		}
 	}
 	for _, f := range c.logs {
 		errs = append(errs, f.Close())

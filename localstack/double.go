@@ -33,6 +33,13 @@ type Double struct {
 	calls []string
 	etag  int
 	hits  int // steps taken
+	gone  []Gone
+}
+
+// Gone is an object that was deleted, and how old it was then.
+type Gone struct {
+	Key string
+	Age time.Duration
 }
 
 type doubleObject struct {
@@ -270,9 +277,7 @@ func (d *Double) serve(w http.ResponseWriter, r *http.Request, op, key string, b
 	case op == "get", op == "head":
 		d.get(w, r, op, key, s)
 	case op == "delete" && key != "":
-		d.mu.Lock()
-		delete(d.m, key)
-		d.mu.Unlock()
+		d.remove(key)
 		w.WriteHeader(http.StatusNoContent)
 	case op == "delete":
 		d.deleteMany(w, body)
@@ -378,6 +383,29 @@ func rangeOf(spec string, size int) (from, to int, ok bool) {
 	return first, min(last+1, size), true
 }
 
+func (d *Double) remove(key string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if o, ok := d.m[key]; ok {
+		d.gone = append(d.gone, Gone{key, time.Since(o.modified)})
+		delete(d.m, key)
+	}
+}
+
+// Gone returns the objects that were deleted.
+func (d *Double) Gone() []Gone {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.gone)
+}
+
+// Keys returns the keys of all objects.
+func (d *Double) Keys() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Sorted(maps.Keys(d.m))
+}
+
 func (d *Double) deleteMany(w http.ResponseWriter, body []byte) {
 	var in struct {
 		Object []struct{ Key string }
@@ -393,9 +421,7 @@ func (d *Double) deleteMany(w http.ResponseWriter, body []byte) {
 			fmt.Fprintf(&out, "<Error><Key>%s</Key><Code>%s</Code><Message>scripted</Message></Error>", o.Key, s.Code)
 			continue
 		}
-		d.mu.Lock()
-		delete(d.m, o.Key)
-		d.mu.Unlock()
+		d.remove(o.Key)
 	}
 	out.WriteString("</DeleteResult>")
 	_, _ = io.WriteString(w, out.String())

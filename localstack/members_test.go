@@ -4,23 +4,14 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"os/exec"
 	"strings"
 	"sync"
 	"testing"
 )
 
-// cluster runs `estran cluster …` against a node and returns what it prints.
-func cluster(t *testing.T, n *Node, args ...string) (string, error) {
-	t.Helper()
-	cmd := exec.CommandContext(t.Context(), n.program, append(append([]string{"cluster"}, args...), "--http", n.HTTP)...)
-	out, err := cmd.CombinedOutput()
-	return string(out), err
-}
-
 func mustCluster(t *testing.T, n *Node, args ...string) string {
 	t.Helper()
-	out, err := cluster(t, n, args...)
+	out, err := n.Command(t.Context(), args...)
 	if err != nil {
 		t.Fatalf("estran cluster %s: %v\n%s", strings.Join(args, " "), err, out)
 	}
@@ -94,7 +85,7 @@ func TestMembersByCommand(t *testing.T) {
 	}
 	more("acknowledgements of one")
 
-	if out, err := cluster(t, nodes[0], "members", "add", "2"); err == nil || !strings.Contains(out, "E_CLUSTER_REFUSED") {
+	if out, err := nodes[0].Command(t.Context(), "members", "add", "2"); err == nil || !strings.Contains(out, "E_CLUSTER_REFUSED") {
 		t.Errorf("adding a node that nobody has seen: %v\n%s", err, out)
 	}
 	for i, n := range nodes[1:] {
@@ -141,7 +132,7 @@ func TestMembersByCommand(t *testing.T) {
 		t.Errorf("the removed node does not say why it ends:\n%s", tail)
 	}
 	more("acknowledgements of the two that are left")
-	if out, err := cluster(t, nodes[1], "members", "remove", "9"); err == nil || !strings.Contains(out, "E_CLUSTER_REFUSED") {
+	if out, err := nodes[1].Command(t.Context(), "members", "remove", "9"); err == nil || !strings.Contains(out, "E_CLUSTER_REFUSED") {
 		t.Errorf("removing a stranger: %v\n%s", err, out)
 	}
 	cancel()

@@ -27,6 +27,7 @@ type Node struct {
 	Kafka, HTTP string // addresses, known when it is ready
 	Peer        string // of the peer listener; "127.0.0.1:0" unless it is one of several voters
 	PID         int
+	Disk        string // where the disk of its own is mounted that its data lie on; "" = it has none
 	// Log receives every line that the process writes; it may be nil.
 	Log func(line string)
 
@@ -145,6 +146,15 @@ func (n *Node) end(sig syscall.Signal) error {
 
 // Wipe removes the data of a process that has ended.
 func (n *Node) Wipe() error { return os.RemoveAll(n.dir) }
+
+// Dir is its data directory.
+func (n *Node) Dir() string { return n.dir }
+
+// Command runs `estran cluster …` against the node and returns what it prints.
+func (n *Node) Command(ctx context.Context, args ...string) (string, error) {
+	out, err := exec.CommandContext(ctx, n.program, append(append([]string{"cluster"}, args...), "--http", n.HTTP)...).CombinedOutput()
+	return string(out), err
+}
 
 // Done is closed when the process that the last Start started has ended.
 func (n *Node) Done() <-chan struct{} { return n.done }

@@ -3,7 +3,6 @@ package localstack
 import (
 	"context"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -16,14 +15,11 @@ import (
 // freeze stops everything that is written to the disk at dir until the function that it returns is called.
 func freeze(t *testing.T, dir string) (thaw func()) {
 	t.Helper()
-	if _, err := exec.LookPath("fsfreeze"); err != nil {
-		t.Skip("fsfreeze is not installed")
-	}
-	if err := runTool("fsfreeze", "-f", dir); err != nil {
+	if err := FreezeDisk(dir); err != nil {
 		t.Fatal(err)
 	}
 	thaw = sync.OnceFunc(func() {
-		if err := runTool("fsfreeze", "-u", dir); err != nil {
+		if err := ThawDisk(dir); err != nil {
 			t.Error(err)
 		}
 	})
