@@ -48,6 +48,7 @@ func (t *Tiering) retain(ctx context.Context, s record.ShardID, now record.Times
 		if to <= p.LogStart {
 			continue
 		}
+		t.deleteFirst(ctx, &p, to)
 		if err := t.cat.AdvanceLogStart(ctx, p.TP, to); err != nil {
 			t.cfg.Logger.Warn("cannot advance a log start", "component", "tier", "partition", p.TP, "to", to, "err", err)
 			continue

@@ -24,6 +24,7 @@ import (
 
 	"github.com/estran/estran/broker"
 	"github.com/estran/estran/broker/admin"
+	"github.com/estran/estran/localstack/planted"
 	"github.com/estran/estran/objstore"
 	"github.com/estran/estran/objstore/open"
 	"github.com/estran/estran/raftmeta"
@@ -152,7 +153,7 @@ func (n *node) openHost(ctx context.Context, reg prometheus.Registerer) error {
 	}
 	bc, _ := n.cfg.brokerConfig()
 	backups := &backups{cfg: n.cfg, bucket: n.bucket}
-	h, err := raftmeta.Open(ctx, raftmeta.Config{NodeID: n.cfg.Node.ID, DataDir: n.cfg.Node.DataDir, Host: host, Port: port, Rack: n.cfg.Node.Rack,
+	h, err := raftmeta.Open(ctx, raftmeta.Config{Now: planted.Now, NodeID: n.cfg.Node.ID, DataDir: n.cfg.Node.DataDir, Host: host, Port: port, Rack: n.cfg.Node.Rack,
 		Shards: uint32(n.cfg.Quorum.Shards), HotMaxBytes: int64(n.cfg.Hot.MaxBytes), LocalRetentionBytes: int64(n.cfg.Tiering.LocalRetentionBytes),
 		OffsetsRetention: bc.OffsetsRetention, Voters: voters, PeerAdvertise: reachable(n.cfg.Listeners.Peer.Advertise, peer), Secret: secret, TLS: n.cfg.peerTLS(), PeerListener: peer, Logger: n.log, Registerer: reg, OnLead: n.lead, OnFatal: n.stopNow, OnBackup: backups.save, StoreTime: storeTime})
 	if err != nil {
@@ -247,12 +248,12 @@ func (n *node) lead(ctx context.Context, s record.ShardID) {
 
 func (n *node) wire(reg prometheus.Registerer) {
 	t := &n.cfg.Tiering
-	n.tier = tiering.New(tiering.Config{SealBytes: int64(t.SealBytes), SealAge: time.Duration(t.SealAge), UploadConcurrency: t.UploadConcurrency,
+	bc, _ := n.cfg.brokerConfig()
+	n.tier = tiering.New(tiering.Config{HousekeepEvery: time.Duration(bc.RetentionCheckMs) * time.Millisecond, SealBytes: int64(t.SealBytes), SealAge: time.Duration(t.SealAge), UploadConcurrency: t.UploadConcurrency,
 		PrepareTTL: time.Duration(t.PrepareTTL), Grace: time.Duration(t.DeleteGrace), CacheBytes: int64(t.CacheBytes),
 		MayDelete: func(ctx context.Context) error { return checkFence(ctx, n.bucket, n.host.RecoveryEpoch()) }, RehomeBytes: min(1<<30, int64(n.cfg.Hot.MaxBytes)/4), Logger: n.log, Registerer: reg}, n.host, n.bucket)
 	n.reader = tiering.NewReader(n.tier, n.host)
-	bc, _ := n.cfg.brokerConfig()
-	bc.Logger, bc.Registerer = n.log, reg
+	bc.Logger, bc.Registerer, bc.Now = n.log, reg, planted.Now
 	if most := affordable(); bc.MaxConnections > most {
 		n.log.Warn("fewer connections than configured: descriptors are left for the log, the store and other voters", "component", "node", "max.connections", bc.MaxConnections, "most", most,
 			"fix", "raise the limit of open files (ulimit -n)")

@@ -1,5 +1,5 @@
-// Package planted names known mistakes. A program that is built with the tag `planted` makes the one that ESTRAN_TEST_PLANTED names, so that `make planted` can show that
-// `make faults` finds it. Without the tag On is a constant and the compiler drops what it guards.
+// Package planted names known mistakes, and has a clock that can be wrong. A program that is built with the tag `planted` makes the one that ESTRAN_TEST_PLANTED names, so that `make planted` can show that
+// `make faults` finds it; its wall clock can be moved while it runs. Without the tag On is a constant and the compiler drops what it guards.
 package planted
 
 // Mistakes; each is made where On is asked for it.
@@ -23,8 +23,10 @@ const (
 	LocalClock           = "local-clock"            // time in entries is this node's, trusted or not
 	LostOutboxEntry      = "lost-outbox-entry"      // a shard passes over the last of several effects of meta
 	PutUnchecked         = "put-unchecked"          // an object is committed though its PUT failed
+	NoFsync              = "no-fsync"               // what is written to the log is not synced
+	DeleteFirst          = "delete-first"           // objects are deleted before it is committed that their records have expired
 )
 
 // All lists them.
 var All = []string{AckBeforeCommit, AckAfterOwnFsync, OffsetBeforeApply, DedupOff, GuessedOutOfRange,
-	LeaderStartSkipped, VerifyLeaderAsProof, EpochUnchecked, CommitUnchecked, CommitIndexUnclamped, OtherTermSent, GraceSkipped, CRCSkipped, SnapshotShownEarly, FreeOnHint, DeleteRangeByMax, LocalClock, LostOutboxEntry, PutUnchecked}
+	LeaderStartSkipped, VerifyLeaderAsProof, EpochUnchecked, CommitUnchecked, CommitIndexUnclamped, OtherTermSent, GraceSkipped, CRCSkipped, SnapshotShownEarly, FreeOnHint, DeleteRangeByMax, LocalClock, LostOutboxEntry, PutUnchecked, NoFsync, DeleteFirst}

@@ -168,7 +168,7 @@ func (l *Log) StoreLogs(es []*raft.Log) error {
 	l.encode(es, size)
 	l.writing.start() // not began: waiting for space is no hang
 	err := l.cur.f.WriteVec(l.vecs, l.pos)
-	if err == nil {
+	if err == nil && !planted.On(planted.NoFsync) {
 		synced := time.Now()
 		err = l.cur.f.Sync()
 		observe(l.cfg.Metrics.Fsync, synced)
