@@ -8,8 +8,9 @@ import (
 
 // Options say what a history may be asked.
 type Options struct {
-	Final         bool // it ends with readers that read every partition to its end, after all faults
-	Transactional bool // offsets may be missing: markers take some
+	Final         bool  // it ends with readers that read every partition to its end, after all faults
+	Transactional bool  // offsets may be missing: markers take some
+	Kept          int32 // keys below it lose nothing: nobody deletes records and no retention ends
 }
 
 // Anomaly is a rule that a history breaks.
@@ -238,6 +239,11 @@ func (c *checker) clients() {
 		if o.Kind == Assign || o.Kind == Subscribe {
 			p.subscribed = o.Kind == Subscribe
 			clear(p.polled)
+			for j := range o.Records {
+				if r := &o.Records[j]; o.Kind == Assign && r.Offset > 0 {
+					p.polled[r.Key] = c.index(r) // as if it had read what lies before
+				}
+			}
 		}
 		c.marks(p, o)
 		if o.Outcome != OK {
@@ -260,6 +266,9 @@ func (c *checker) marks(p *client, o *Op) {
 				c.add("watermark-falls", m.Key, "client %d: %s %d after %d", o.Process, v.name, v.new, *v.old)
 			}
 			*v.old = max(*v.old, v.new)
+		}
+		if m.Key < c.opt.Kept && m.LogStart > 0 {
+			c.add("early-delete", m.Key, "client %d: the log starts at %d, nothing may be gone", o.Process, m.LogStart)
 		}
 	}
 }

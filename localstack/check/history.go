@@ -12,7 +12,7 @@ const (
 	Poll
 	// Txn did both in a transaction: a record is written if Write is set, else read.
 	Txn
-	// Assign took the keys of Records, at positions of the client's own choice.
+	// Assign took the keys of Records, at positions of the client's own choice: Offset, or -1 if that is not known.
 	Assign
 	// Subscribe joined Group: its positions may change with every rebalance.
 	Subscribe

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/estran/estran/localstack/check"
+	"github.com/estran/estran/localstack/planted"
 )
 
 // A few rounds of faults with a fixed seed leave a history without anomalies, and every one of them counts.
@@ -22,9 +24,11 @@ func TestSlice(t *testing.T) {
 	if testing.Short() {
 		t.Skip("processes are left out with -short")
 	}
-	r, err := run(t.Context(), config{seed: 1, module: "../..", rounds: 6, perLife: 6, nemeses: "none,kill,pause,partition,store-503", keep: t.TempDir()}, t.Output())
-	if err != nil || r.Anomalies != 0 || r.Rounds != 6 || r.Acked < 6*ackedPerRound {
-		t.Errorf("%+v, %v", r, err)
+	for seed, c := range []struct{ nemeses, disk string }{{nemeses: "none,kill,pause,partition,store-503,members"}, {"power-cut-all,clock-all,drain,frozen-disk", "disks"}} {
+		r, err := run(t.Context(), config{seed: uint64(seed), module: "../..", rounds: 6, perLife: 6, nemeses: c.nemeses, keep: t.TempDir()}, t.Output())
+		if err != nil || r.Anomalies != 0 || r.Rounds+r.Skipped != 6 || r.Skipped > 0 && (c.disk == "" || os.Geteuid() == 0) || r.Acked < 3*ackedPerRound {
+			t.Errorf("%+v, %v", r, err)
+		}
 	}
 }
 
@@ -87,11 +91,10 @@ func roundOf(t *testing.T, n nemesis, flows func() bool) (r *result, said string
 
 // What ends a round is told apart: a fault that cannot be brought about here, one that does not take effect, a driver that fails, and a cluster that does not come back.
 func TestRoundOutcomes(t *testing.T) {
-	yes, no := func() bool { return true }, func() bool { return false }
-	well := func(context.Context) error { return nil }
+	no, well := func() bool { return false }, nothing
 	broken := errors.New("broken")
 	begin := func(hit func() bool, heal func(context.Context) error, err error) nemesis {
-		return nemesis{"n", func(*world) (string, func() bool, func(context.Context) error, error) { return "", hit, heal, err }}
+		return nemesis{name: "n", begin: func(*world) (*fault, error) { return &fault{"", hit, heal}, err }}
 	}
 	for _, c := range []struct {
 		name            string
@@ -124,9 +127,9 @@ func TestRoundOutcomes(t *testing.T) {
 func TestWhatARoundCounts(t *testing.T) {
 	var load atomic.Int64
 	var atBegin, atEnd int64
-	n := nemesis{"n", func(*world) (string, func() bool, func(context.Context) error, error) {
+	n := nemesis{name: "n", begin: func(*world) (*fault, error) {
 		atBegin = load.Load()
-		return "", func() bool { return true }, func(context.Context) error { return nil }, nil
+		return &fault{"", yes, nothing}, nil
 	}}
 	_, said, err := roundOf(t, n, func() bool { load.Add(1); return true })
 	var acked int64
@@ -151,9 +154,7 @@ func TestWhatARoundCounts(t *testing.T) {
 		})
 		r := &result{Nemeses: map[string]int{}}
 		hit := func() bool { idle.unacked.Store(0); return true }
-		n := nemesis{"n", func(*world) (string, func() bool, func(context.Context) error, error) {
-			return "", hit, func(context.Context) error { return nil }, nil
-		}}
+		n := nemesis{name: "n", begin: func(*world) (*fault, error) { return &fault{"", hit, nothing}, nil }}
 		if err := round(t.Context(), r, &world{rng: rand.New(rand.NewPCG(1, 1))}, idle, n, io.Discard); err != nil || r.Rounds != 0 || r.Skipped != 1 {
 			t.Errorf("nothing was outstanding: %+v, %v", r, err)
 		}
@@ -186,5 +187,17 @@ func TestWhatCatchesAMistake(t *testing.T) {
 	}
 	if control(t.Context(), config{}, gives(0, nil)) != nil || control(t.Context(), config{}, gives(1, nil)) == nil || !errors.Is(control(t.Context(), config{}, gives(0, setup)), setup) {
 		t.Error("the control")
+	}
+}
+
+// Every mistake that has faults of its own is one, and so are they.
+func TestTempters(t *testing.T) {
+	for m, names := range tempters {
+		if !slices.Contains(planted.All, m) {
+			t.Errorf("no mistake %q", m)
+		}
+		if _, err := choose(names); err != nil {
+			t.Errorf("%s: %v", m, err)
+		}
 	}
 }

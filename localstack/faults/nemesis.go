@@ -21,36 +21,81 @@ type world struct {
 	cluster *localstack.Cluster
 	network *localstack.Network
 	store   *localstack.Double
+	clocks  []string // files that say how wrong each voter's clock is; none if the program does not ask
 	rng     *rand.Rand
 	// leader is the voter that leads partition 0, from 1.
 	leader func() (int32, error)
 }
 
-// nemesis brings a fault about; errUnavailable says that this machine cannot. hit reports whether it has taken effect; heal undoes it and returns when the processes serve, its errors
-// are those of a cluster that does not come back.
+// fault is one that has begun. hit reports whether it has taken effect; heal undoes it and returns when the processes serve, its errors are those of a cluster that does not come back.
+type fault struct {
+	what string
+	hit  func() bool
+	heal func(context.Context) error
+}
+
+// nemesis brings a fault about; errUnavailable says that this machine cannot.
 type nemesis struct {
 	name  string
-	begin func(*world) (what string, hit func() bool, heal func(context.Context) error, err error)
+	begin func(*world) (*fault, error)
+	// What it needs: so many voters (0 = three), disks of their own, clocks that can be wrong.
+	voters      int
+	disk, clock bool
 }
 
-var nemeses = []nemesis{{"none", none}, {"kill", kill(1)}, {"kill-majority", kill(2)}, {"kill-all", kill(3)}, {"kill-leader", killLeader}, {"wipe", wipe}, {"pause", pause}, {"flap", flap},
-	{"fsync-fails", inject("fdatasync", "error=EIO:when=3+", true)}, {"fsync-slow", inject("fdatasync", "delay_enter=100000", false)}, {"write-fails", inject("pwritev", "error=EIO:when=3+", true)},
-	{"disk-full", inject("pwritev", "error=ENOSPC:when=3+", true)}, {"killed-in-fsync", inject("fdatasync", "signal=SIGKILL:when=3", true)}, {"killed-in-write", inject("pwritev", "signal=SIGKILL:when=3", true)},
-	{"partition", cut(localstack.Swallowed, func(a, b, c int) [][2]int { return [][2]int{{a, b}, {b, a}, {a, c}, {c, a}} })},
-	{"partition-held", cut(localstack.Held, func(a, b, c int) [][2]int { return [][2]int{{a, b}, {b, a}, {a, c}, {c, a}} })},
-	{"one-way", cut(localstack.Swallowed, func(a, b, c int) [][2]int { return [][2]int{{a, b}, {a, c}} })},
-	{"bridge", cut(localstack.Swallowed, func(a, b, _ int) [][2]int { return [][2]int{{a, b}, {b, a}} })},
-	{"store-down", script(localstack.Step{Reset: true})}, {"store-503", script(localstack.Step{Status: 503, Code: "SlowDown"})},
-	{"store-silent", script(localstack.Step{Silent: true, Times: 3})}, {"store-flipped-put", script(localstack.Step{Op: "put", Flip: 100, Times: 3})},
-	{"store-lost-reply", script(localstack.Step{Op: "put", Reset: true, Effect: true, Times: 5})}, {"store-500-done", script(localstack.Step{Op: "put", Status: 500, Code: "InternalError", Effect: true, Times: 5})},
-	{"store-cut-get", script(localstack.Step{Op: "get", Cut: 100, Times: 3})}, {"store-flipped-get", script(localstack.Step{Op: "get", Flip: 100, Times: 3})},
-	{"store-stalled-get", script(localstack.Step{Op: "get", Stall: 100, Times: 2})}, {"store-whole-get", script(localstack.Step{Op: "get", Whole: true, Times: 3})}}
+var nemeses = []nemesis{
+	{name: "none", begin: none},
+	{name: "kill", begin: kill(one)}, {name: "kill-majority", begin: kill(majority)}, {name: "kill-all", begin: kill(all)}, {name: "kill-leader", begin: killLeader},
+	{name: "wipe", begin: wipe}, {name: "pause", begin: pause}, {name: "flap", begin: flap}, {name: "members", begin: members}, {name: "drain", begin: drain},
 
-func none(*world) (string, func() bool, func(context.Context) error, error) {
-	return "nothing", func() bool { return true }, func(context.Context) error { return nil }, nil
+	{name: "power-cut", begin: powerCut(one, 1), disk: true}, {name: "power-cut-all", begin: powerCut(all, 1), disk: true}, {name: "power-cut-twice", begin: powerCut(all, 2), disk: true},
+	{name: "frozen-disk", begin: frozen, disk: true}, {name: "flipped-log", begin: flipped("log")}, {name: "flipped-snapshot", begin: flipped("snap")},
+	{name: "fsync-fails", begin: inject("fdatasync", "error=EIO:when=3+", true)}, {name: "fsync-slow", begin: inject("fdatasync", "delay_enter=100000", false)},
+	{name: "write-fails", begin: inject("pwritev", "error=EIO:when=3+", true)}, {name: "disk-full", begin: inject("pwritev", "error=ENOSPC:when=3+", true)},
+	{name: "killed-in-fsync", begin: inject("fdatasync", "signal=SIGKILL:when=3", true)}, {name: "killed-in-write", begin: inject("pwritev", "signal=SIGKILL:when=3", true)},
+
+	{name: "clock", begin: clockJump(one), clock: true}, {name: "clock-two", begin: clockJump(majority), clock: true}, {name: "clock-all", begin: clockJump(all), clock: true},
+
+	{name: "partition", begin: cut(localstack.Swallowed, apart)}, {name: "partition-held", begin: cut(localstack.Held, apart)},
+	{name: "one-way", begin: cut(localstack.Swallowed, mute)}, {name: "bridge", begin: cut(localstack.Swallowed, bridge)}, {name: "ring", begin: cut(localstack.Swallowed, ring), voters: 5},
+
+	{name: "store-down", begin: script(localstack.Step{Reset: true})}, {name: "store-503", begin: script(localstack.Step{Status: 503, Code: "SlowDown"})},
+	{name: "store-silent", begin: script(localstack.Step{Silent: true, Times: 3})}, {name: "store-flipped-put", begin: script(localstack.Step{Op: "put", Flip: 100, Times: 3})},
+	{name: "store-lost-reply", begin: script(localstack.Step{Op: "put", Reset: true, Effect: true, Times: 5})},
+	{name: "store-500-done", begin: script(localstack.Step{Op: "put", Status: 500, Code: "InternalError", Effect: true, Times: 5})},
+	{name: "store-cut-get", begin: script(localstack.Step{Op: "get", Cut: 100, Times: 3})}, {name: "store-flipped-get", begin: script(localstack.Step{Op: "get", Flip: 100, Times: 3})},
+	{name: "store-stalled-get", begin: script(localstack.Step{Op: "get", Stall: 100, Times: 2})}, {name: "store-whole-get", begin: script(localstack.Step{Op: "get", Whole: true, Times: 3})},
+	{name: "store-vanished", begin: script(localstack.Step{Op: "get", Status: 404, Code: "NoSuchKey"})},
 }
 
-func restart(ctx context.Context, nodes []*localstack.Node) error {
+// How many of n voters a fault befalls.
+func one(int) int        { return 1 }
+func majority(n int) int { return n/2 + 1 }
+func all(n int) int      { return n }
+
+// victims are some of the voters, in a random order.
+func (w *world) victims(count func(n int) int) (nodes []*localstack.Node, names string) {
+	for _, i := range w.rng.Perm(len(w.cluster.Nodes))[:count(len(w.cluster.Nodes))] {
+		nodes = append(nodes, w.cluster.Nodes[i])
+		names += fmt.Sprintf(" %d", i+1)
+	}
+	return nodes, names
+}
+
+// hold is how long a fault lasts after it took effect: now and then longer than any patience of a voter or a client.
+func (w *world) hold() time.Duration {
+	if w.rng.IntN(8) == 0 {
+		return time.Duration(3000+w.rng.IntN(9000)) * time.Millisecond
+	}
+	return time.Duration(200+w.rng.IntN(2000)) * time.Millisecond
+}
+
+func yes() bool                     { return true }
+func nothing(context.Context) error { return nil }
+
+func none(*world) (*fault, error) { return &fault{"nothing", yes, nothing}, nil }
+
+func restart(ctx context.Context, nodes ...*localstack.Node) error {
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
 	var wg sync.WaitGroup
@@ -66,22 +111,24 @@ func restart(ctx context.Context, nodes []*localstack.Node) error {
 }
 
 // kill -9 so many voters at once.
-func kill(count int) func(*world) (string, func() bool, func(context.Context) error, error) {
-	return func(w *world) (string, func() bool, func(context.Context) error, error) {
-		return w.kill(w.rng.Perm(len(w.cluster.Nodes))[:count])
+func kill(count func(int) int) func(*world) (*fault, error) {
+	return func(w *world) (*fault, error) {
+		nodes, names := w.victims(count)
+		return killed(nodes, names)
 	}
 }
 
-func (w *world) kill(victims []int) (what string, hit func() bool, heal func(context.Context) error, err error) {
-	var nodes []*localstack.Node
-	for _, i := range victims {
-		what += fmt.Sprintf(" %d", i+1)
-		nodes = append(nodes, w.cluster.Nodes[i])
-		if err := w.cluster.Nodes[i].Kill(); err != nil {
-			return what, nil, nil, err
+func killed(nodes []*localstack.Node, names string) (*fault, error) {
+	for _, n := range nodes {
+		if err := n.Kill(); err != nil {
+			return nil, err
 		}
 	}
-	dead := func() bool {
+	return &fault{"kill -9" + names, dead(nodes...), func(ctx context.Context) error { return restart(ctx, nodes...) }}, nil
+}
+
+func dead(nodes ...*localstack.Node) func() bool {
+	return func() bool {
 		for _, n := range nodes {
 			if n.Alive() {
 				return false
@@ -89,20 +136,19 @@ func (w *world) kill(victims []int) (what string, hit func() bool, heal func(con
 		}
 		return true
 	}
-	return "kill -9" + what, dead, func(ctx context.Context) error { return restart(ctx, nodes) }, nil
 }
 
 // killLeader kills the voter that leads partition 0.
-func killLeader(w *world) (string, func() bool, func(context.Context) error, error) {
+func killLeader(w *world) (*fault, error) {
 	leader, err := w.leader()
 	if err != nil {
-		return "", nil, nil, err
+		return nil, err
 	}
-	return w.kill([]int{int(leader) - 1})
+	return killed(w.cluster.Nodes[leader-1:leader], fmt.Sprintf(" %d, which leads", leader))
 }
 
 // flap stops one voter after another for a little longer than an election takes: leaders change all the time.
-func flap(w *world) (string, func() bool, func(context.Context) error, error) {
+func flap(w *world) (*fault, error) {
 	ctx, stop := context.WithCancel(context.Background())
 	var stops atomic.Int64
 	done := make(chan error, 1)
@@ -126,78 +172,89 @@ func flap(w *world) (string, func() bool, func(context.Context) error, error) {
 		}
 		done <- nil
 	}()
-	return fmt.Sprintf("stop one after another from %d on", first+1), func() bool { return stops.Load() >= 3 }, func(context.Context) error {
+	return &fault{fmt.Sprintf("stop one after another from %d on", first+1), func() bool { return stops.Load() >= 3 }, func(context.Context) error {
 		stop()
 		return <-done
-	}, nil
-}
-
-// inject makes system calls of a voter's log fail or wait. It is started again if it ends of that.
-func inject(call, expr string, ends bool) func(*world) (string, func() bool, func(context.Context) error, error) {
-	return func(w *world) (string, func() bool, func(context.Context) error, error) {
-		k := w.rng.IntN(len(w.cluster.Nodes))
-		n := w.cluster.Nodes[k]
-		trace, err := os.CreateTemp("", "estran-trace-")
-		if err != nil {
-			return "", nil, nil, err
-		}
-		forget := func() { _ = os.Remove(trace.Name()) } // it lies among temporary files
-		if err := trace.Close(); err != nil {
-			return "", nil, nil, err
-		}
-		i, err := localstack.Inject(n.PID, call, expr, trace.Name(), 2*patience)
-		if err != nil {
-			forget()
-			if errors.Is(err, localstack.ErrNoInjection) {
-				err = fmt.Errorf("%w: %w", errUnavailable, err)
-			}
-			return "", nil, nil, err
-		}
-		hit := func() bool { return i.Hits() > 0 }
-		if ends {
-			hit = func() bool { return !n.Alive() }
-		}
-		return fmt.Sprintf("%s of %d: %s", call, k+1, expr), hit, func(ctx context.Context) error {
-			i.End()
-			forget()
-			if n.Alive() {
-				return nil
-			}
-			return restart(ctx, []*localstack.Node{n})
-		}, nil
-	}
+	}}, nil
 }
 
 const groups = 1 + shards // meta's too
 
-// wipe kills a voter and takes its disk. It is healed when the new one votes in every group: another disk lost before that would be a majority's, which nothing survives.
-func wipe(w *world) (string, func() bool, func(context.Context) error, error) {
-	i := w.rng.IntN(len(w.cluster.Nodes))
-	n, added := w.cluster.Nodes[i], fmt.Sprintf(`"event":"voter.added","server":"%d.`, i+1)
-	before := w.cluster.Said(added)
-	err := n.Kill()
-	if err == nil {
-		err = n.Wipe()
+// blank starts a voter whose disk was taken. It is in its place again when it votes in every group: another disk lost before that could be a majority's, which nothing survives.
+func (w *world) blank(ctx context.Context, n *localstack.Node, id int, added func() error) error {
+	joined := fmt.Sprintf(`"event":"voter.added","server":"%d.`, id)
+	before := w.cluster.Said(joined)
+	up := make(chan error, 1)
+	go func() { up <- restart(ctx, n) }()
+	if err := errors.Join(added(), <-up); err != nil {
+		return err
 	}
-	return fmt.Sprintf("wipe %d", i+1), func() bool { return !n.Alive() }, func(ctx context.Context) error {
-		if err := restart(ctx, []*localstack.Node{n}); err != nil {
+	if !until(func() bool { return w.cluster.Said(joined) >= before+groups }) {
+		return fmt.Errorf("voter %d is not in every group %v after it lost its disk", id, patience)
+	}
+	return nil
+}
+
+// wipe kills a voter and takes its disk.
+func wipe(w *world) (*fault, error) {
+	i := w.rng.IntN(len(w.cluster.Nodes))
+	n := w.cluster.Nodes[i]
+	if err := errors.Join(n.Kill(), n.Wipe()); err != nil {
+		return nil, err
+	}
+	return &fault{fmt.Sprintf("wipe %d", i+1), dead(n), func(ctx context.Context) error {
+		return w.blank(ctx, n, i+1, func() error { return nil })
+	}}, nil
+}
+
+// members removes a voter by its operator's command and adds it again, blank.
+func members(w *world) (*fault, error) {
+	i := w.rng.IntN(len(w.cluster.Nodes))
+	n, other := w.cluster.Nodes[i], w.cluster.Nodes[(i+1)%len(w.cluster.Nodes)]
+	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
+	defer cancel()
+	id := fmt.Sprint(i + 1)
+	if out, err := other.Command(ctx, "members", "remove", id); err != nil {
+		return nil, fmt.Errorf("%w: removing voter %s: %w\n%s", errStuck, id, err, out)
+	}
+	return &fault{"remove " + id, dead(n), func(ctx context.Context) error {
+		if err := errors.Join(n.Kill(), n.Wipe()); err != nil {
 			return err
 		}
-		if !until(func() bool { return w.cluster.Said(added) >= before+groups }) {
-			return fmt.Errorf("voter %d is not in every group %v after it was wiped", i+1, patience)
+		return w.blank(ctx, n, i+1, func() (err error) {
+			var out string
+			if !until(func() bool { // it must have announced itself
+				out, err = other.Command(ctx, "members", "add", id)
+				return err == nil
+			}) {
+				err = fmt.Errorf("adding voter %s: %w\n%s", id, err, out)
+			}
+			return err
+		})
+	}}, nil
+}
+
+// drain moves every leadership away from a voter, and lets it lead again.
+func drain(w *world) (*fault, error) {
+	i := w.rng.IntN(len(w.cluster.Nodes))
+	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
+	defer cancel()
+	if out, err := w.cluster.Nodes[i].Command(ctx, "drain", "--self"); err != nil {
+		return nil, fmt.Errorf("%w: draining voter %d: %w\n%s", errStuck, i+1, err, out)
+	}
+	return &fault{fmt.Sprintf("drain %d", i+1), yes, func(ctx context.Context) error {
+		out, err := w.cluster.Nodes[i].Command(ctx, "undrain", fmt.Sprint(i+1))
+		if err != nil {
+			return fmt.Errorf("%w\n%s", err, out)
 		}
 		return nil
-	}, err
+	}}, nil
 }
 
 // pause stops a voter while hogs take the processors, which go on for a while after it wakes.
-func pause(w *world) (string, func() bool, func(context.Context) error, error) {
+func pause(w *world) (*fault, error) {
 	i := w.rng.IntN(len(w.cluster.Nodes))
 	pid := w.cluster.Nodes[i].PID
-	stopped := func() bool {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		return err == nil && strings.Contains(string(b), ") T ")
-	}
 	var done atomic.Bool
 	for range 2 * runtime.NumCPU() {
 		go func() {
@@ -205,34 +262,63 @@ func pause(w *world) (string, func() bool, func(context.Context) error, error) {
 			}
 		}()
 	}
-	err := syscall.Kill(pid, syscall.SIGSTOP)
-	done.Store(err != nil)
-	return fmt.Sprintf("pause %d", i+1), stopped, func(context.Context) error {
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		done.Store(true)
+		return nil, err
+	}
+	return &fault{fmt.Sprintf("pause %d", i+1), func() bool { return inState(pid, "T") > 0 }, func(context.Context) error {
 		defer done.Store(true)
 		return syscall.Kill(pid, syscall.SIGCONT)
-	}, err
+	}}, nil
 }
 
-// cut closes ways between three voters in a random order.
-func cut(f localstack.Fault, ways func(a, b, c int) [][2]int) func(*world) (string, func() bool, func(context.Context) error, error) {
-	return func(w *world) (string, func() bool, func(context.Context) error, error) {
-		p, before := w.rng.Perm(3), w.network.Hits()
-		all := ways(p[0]+1, p[1]+1, p[2]+1)
-		for _, k := range all {
-			w.network.Set(k[0], k[1], f)
+// inState counts a process's threads that the kernel has in this state.
+func inState(pid int, state string) (n int) {
+	tasks := fmt.Sprintf("/proc/%d/task", pid)
+	entries, err := os.ReadDir(tasks)
+	if err != nil {
+		return 0
+	}
+	for _, e := range entries {
+		b, err := os.ReadFile(fmt.Sprintf("%s/%s/stat", tasks, e.Name()))
+		if err == nil && strings.Contains(string(b), ") "+state+" ") {
+			n++
 		}
-		return fmt.Sprintf("%v %v", f, all), func() bool { return w.network.Hits() > before }, func(context.Context) error { w.network.Heal(); return nil }, nil
 	}
+	return n
 }
 
-// script makes the object store misbehave.
-func script(s localstack.Step) func(*world) (string, func() bool, func(context.Context) error, error) {
-	return func(w *world) (string, func() bool, func(context.Context) error, error) {
-		before := w.store.Hits()
-		w.store.Script(s)
-		return "the store", func() bool { return w.store.Hits() > before }, func(context.Context) error { w.store.Script(); return nil }, nil
+// clockJump moves the wall clocks of some voters by an hour to ten years, ahead or back.
+func clockJump(count func(int) int) func(*world) (*fault, error) {
+	return func(w *world) (*fault, error) {
+		if w.clocks == nil {
+			return nil, fmt.Errorf("%w: the program asks the machine for the time", errUnavailable)
+		}
+		jumps := []time.Duration{time.Hour, 3 * time.Hour, 24 * time.Hour, 400 * 24 * time.Hour, 3650 * 24 * time.Hour}
+		by := jumps[w.rng.IntN(len(jumps))]
+		if w.rng.IntN(3) == 0 {
+			by = -by
+		}
+		n := len(w.cluster.Nodes)
+		which := w.rng.Perm(n)[:count(n)]
+		set := func(by time.Duration) (errs error) {
+			for _, i := range which {
+				errs = errors.Join(errs, os.WriteFile(w.clocks[i], []byte(by.String()), 0o600))
+			}
+			return errs
+		}
+		seen := func() bool {
+			for _, i := range which {
+				if b, _ := os.ReadFile(w.clocks[i] + ".seen"); string(b) != by.String() { // not there yet
+					return false
+				}
+			}
+			return true
+		}
+		what := ""
+		for _, i := range which {
+			what += fmt.Sprintf(" %d", i+1)
+		}
+		return &fault{fmt.Sprintf("the clocks of%s by %v", what, by), seen, func(context.Context) error { return set(0) }}, set(by)
 	}
 }
-
-// hold is how long a fault lasts after it took effect.
-func (w *world) hold() time.Duration { return time.Duration(200+w.rng.IntN(2000)) * time.Millisecond }

@@ -19,6 +19,21 @@ const (
 	plantedTime  = 10 * time.Minute // in which each must be caught
 )
 
+// tempters are the faults among which a mistake is looked for, where most kinds have nothing to do with it: all others, and all together, would need hours.
+var tempters = map[string]string{
+	planted.PutUnchecked: storeFaults, planted.CRCSkipped: storeFaults,
+	planted.LocalClock: "clock,clock-two,clock-all,kill-leader,none", planted.NoFsync: "power-cut,power-cut-all,power-cut-twice,kill,none",
+	planted.GuessedOutOfRange: leaderFaults, planted.VerifyLeaderAsProof: leaderFaults, planted.EpochUnchecked: leaderFaults, planted.LeaderStartSkipped: leaderFaults,
+	planted.CommitIndexUnclamped: leaderFaults, planted.OtherTermSent: leaderFaults,
+	planted.SnapshotShownEarly: rejoinFaults, planted.FreeOnHint: rejoinFaults, planted.DeleteRangeByMax: rejoinFaults,
+}
+
+const (
+	storeFaults  = "store-down,store-503,store-silent,store-flipped-put,store-lost-reply,store-500-done,store-cut-get,store-flipped-get,store-stalled-get,store-whole-get"
+	leaderFaults = "kill-leader,pause,flap,frozen-disk,partition,partition-held,one-way,bridge,drain"
+	rejoinFaults = "wipe,members,kill,kill-leader,pause,partition,flap"
+)
+
 // plant plays rounds against a program that makes one mistake at a time, and prints what caught it and when. An error says that one was not caught.
 func plant(ctx context.Context, c config, names string, out io.Writer) error {
 	mistakes, err := chooseMistakes(names)
@@ -33,7 +48,7 @@ func plant(ctx context.Context, c config, names string, out io.Writer) error {
 	if c.program, err = localstack.Build(ctx, c.module, dir, "-tags=planted"); err != nil {
 		return err
 	}
-	c.keep = dir
+	c.keep, c.clocks = dir, true
 	if err := control(ctx, c, run); err != nil {
 		return err
 	}
@@ -84,6 +99,9 @@ func try(ctx context.Context, c config, mistake string, play player) (row string
 	ctx, cancel := context.WithTimeout(ctx, plantedTime)
 	defer cancel()
 	c.env = []string{"ESTRAN_TEST_PLANTED=" + mistake}
+	if c.nemeses == "" {
+		c.nemeses = tempters[mistake]
+	}
 	c.rounds, c.perLife = 3, 3 // a history is checked when its life ends
 	seed, rounds, began := c.seed, 0, time.Now()
 	for ; ctx.Err() == nil; c.seed += 1000 {

@@ -6,22 +6,33 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
+	"math/rand/v2"
+	"net"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/estran/estran/localstack/check"
 	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
+// Two topics: what is in one must stay, the other keeps so little that its start moves all the time.
 const (
-	topic      = "faults"
-	partitions = 6
-	producers  = 2
-	readers    = 2
-	members    = 2
-	inFlight   = 500 // records of one producer
+	kept, expiring = "kept", "expiring"
+	partitions     = 9         // of both
+	keptPartitions = 6         // the first of them
+	expiringBytes  = 256 << 10 // of a partition
+)
+
+const (
+	producers = 2
+	readers   = 2
+	consumers = 2
+	inFlight  = 500 // records of one producer
+	perMs     = 8   // records of one producer in a ms, at most: more would only make histories long
 )
 
 // workload is the clients, and the history of what they saw.
@@ -33,6 +44,8 @@ type workload struct {
 	unacked atomic.Int64
 	mu      sync.Mutex
 	ops     []check.Op
+	asked   []check.Metadata
+	bad     []check.Anomaly // answers that cannot be read
 	wg      sync.WaitGroup
 	end     context.CancelFunc
 }
@@ -54,33 +67,48 @@ func (w *workload) count() (n int64) {
 
 func (w *workload) client(opts ...kgo.Opt) (*kgo.Client, error) {
 	return kgo.NewClient(append([]kgo.Opt{kgo.SeedBrokers(w.brokers...), kgo.MetadataMinAge(100 * time.Millisecond), kgo.DialTimeout(time.Second), kgo.RequestTimeoutOverhead(2 * time.Second),
-		kgo.ProduceRequestTimeout(2 * time.Second), kgo.UnknownTopicRetries(-1), kgo.RetryBackoffFn(func(int) time.Duration { return 50 * time.Millisecond })}, opts...)...)
+		kgo.ProduceRequestTimeout(2 * time.Second), kgo.UnknownTopicRetries(-1),
+		kgo.DisableFetchCRCValidation(), // the checker is to see what is served: each record has a checksum of its own
+		kgo.RetryBackoffFn(func(int) time.Duration { return 50 * time.Millisecond })}, opts...)...)
 }
 
 // start makes the topic and starts all clients.
-func start(ctx context.Context, brokers []string) (*workload, error) {
+func start(ctx context.Context, brokers []string, seed uint64) (*workload, error) {
 	w := &workload{brokers: brokers, begun: time.Now()}
 	cl, err := w.client()
 	if err != nil {
 		return nil, err
 	}
 	defer cl.Close()
-	made, err := kadm.NewClient(cl).CreateTopic(ctx, partitions, 3, nil, topic)
-	if err := errors.Join(err, made.Err); err != nil {
-		return nil, err
+	hour, few := "3600000", fmt.Sprint(expiringBytes)
+	for _, t := range []struct {
+		name       string
+		partitions int32
+		config     map[string]*string
+	}{{kept, keptPartitions, map[string]*string{"retention.ms": &hour}}, {expiring, partitions - keptPartitions, map[string]*string{"retention.bytes": &few}}} {
+		made, err := kadm.NewClient(cl).CreateTopic(ctx, t.partitions, 3, t.config, t.name)
+		if err := errors.Join(err, made.Err); err != nil {
+			return nil, err
+		}
 	}
 	ctx, w.end = context.WithCancel(ctx)
 	for i := range producers {
-		w.run(func(cl *kgo.Client) { w.produce(ctx, cl, int32(i)) }, kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.RecordRetries(1<<30), kgo.MaxBufferedRecords(inFlight), kgo.ProducerLinger(5*time.Millisecond))
+		codec := []kgo.CompressionCodec{kgo.NoCompression(), kgo.SnappyCompression()}[i%2]
+		w.run(func(cl *kgo.Client) { w.produce(ctx, cl, int32(i)) }, kgo.ProducerBatchCompression(codec), kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.RecordRetries(1<<30), kgo.MaxBufferedRecords(inFlight), kgo.ProducerLinger(5*time.Millisecond))
 	}
 	for i := range readers {
 		w.run(func(cl *kgo.Client) { w.read(ctx, cl, int32(100+i)) }, kgo.ConsumePartitions(fromStart()), kgo.FetchMaxWait(200*time.Millisecond))
 	}
-	w.wg.Go(func() { w.readAgain(ctx, 150) })
-	for i := range members {
-		w.run(func(cl *kgo.Client) { w.join(ctx, cl, int32(200+i)) }, kgo.ConsumerGroup("g"), kgo.ConsumeTopics(topic), kgo.DisableAutoCommit(), kgo.BlockRebalanceOnPoll(),
-			kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()), kgo.FetchMaxWait(200*time.Millisecond), kgo.SessionTimeout(6*time.Second), kgo.HeartbeatInterval(time.Second))
+	w.wg.Go(func() { w.readAgain(ctx, 10_000, rand.New(rand.NewPCG(seed, 300))) })
+	w.wg.Go(func() { w.goOn(ctx, 20_000) })
+	for i := range consumers {
+		w.wg.Go(func() { w.rejoin(ctx, int32(30_000*(i+1)), rand.New(rand.NewPCG(seed, uint64(100+i)))) })
 	}
+	w.wg.Go(func() { w.deleteRecords(ctx, rand.New(rand.NewPCG(seed, 200))) })
+	for i := range admins {
+		w.wg.Go(func() { w.administer(ctx, i, rand.New(rand.NewPCG(seed, uint64(i)))) })
+	}
+	w.wg.Go(func() { w.lookUp(ctx, 400) })
 	return w, nil
 }
 
@@ -92,9 +120,9 @@ func (w *workload) leader(ctx context.Context) (leader int32, err error) {
 	}
 	defer cl.Close()
 	if !until(func() bool {
-		m, e := kadm.NewClient(cl).Metadata(ctx, topic)
+		m, e := kadm.NewClient(cl).Metadata(ctx, kept)
 		if err = e; err == nil {
-			leader = m.Topics[topic].Partitions[0].Leader
+			leader = m.Topics[kept].Partitions[0].Leader
 		}
 		return leader > 0
 	}) {
@@ -104,11 +132,27 @@ func (w *workload) leader(ctx context.Context) (leader int32, err error) {
 }
 
 func fromStart() map[string]map[int32]kgo.Offset {
-	all := map[int32]kgo.Offset{}
-	for p := range int32(partitions) {
-		all[p] = kgo.NewOffset().At(0)
+	all := map[string]map[int32]kgo.Offset{kept: {}, expiring: {}}
+	for key := range int32(partitions) {
+		t, p := partitionOf(key)
+		all[t][p] = kgo.NewOffset().At(0)
 	}
-	return map[string]map[int32]kgo.Offset{topic: all}
+	return all
+}
+
+// partitionOf a key of the history, and keyOf a partition.
+func partitionOf(key int32) (topic string, partition int32) {
+	if key < keptPartitions {
+		return kept, key
+	}
+	return expiring, key - keptPartitions
+}
+
+func keyOf(topic string, partition int32) int32 {
+	if topic == kept {
+		return partition
+	}
+	return keptPartitions + partition
 }
 
 func (w *workload) run(f func(*kgo.Client), opts ...kgo.Opt) {
@@ -144,17 +188,23 @@ func decode(b []byte) uint64 {
 }
 
 func (w *workload) produce(ctx context.Context, cl *kgo.Client, process int32) {
+	pace, sent := time.Now(), 0
 	for i := process; ctx.Err() == nil; i++ {
-		v, p, began := w.value.Add(1), i%partitions, w.now()
+		if sent++; sent == perMs*10 {
+			sleep(ctx, time.Until(pace.Add(10*time.Millisecond)))
+			pace, sent = time.Now(), 0
+		}
+		v, key, began := w.value.Add(1), i%partitions, w.now()
+		topic, p := partitionOf(key)
 		w.unacked.Add(1)
 		b := encode(v)
 		cl.Produce(context.Background(), &kgo.Record{Topic: topic, Partition: p, Value: b}, func(r *kgo.Record, err error) {
 			w.unacked.Add(-1)
-			o := check.Op{Process: process, Kind: check.Send, Outcome: check.OK, Start: began, End: w.now(), Records: []check.Record{{Key: p, Offset: r.Offset, Value: v, Hash: crc32.ChecksumIEEE(b)}}}
+			o := check.Op{Process: process, Kind: check.Send, Outcome: check.OK, Start: began, End: w.now(), Records: []check.Record{{Key: key, Offset: r.Offset, Value: v, Hash: crc32.ChecksumIEEE(b)}}}
 			if err != nil {
 				o.Outcome, o.Records[0].Offset = check.Info, -1
 			} else {
-				w.acked[p].Add(1)
+				w.acked[key].Add(1)
 			}
 			w.record(o)
 		})
@@ -164,50 +214,133 @@ func (w *workload) produce(ctx context.Context, cl *kgo.Client, process int32) {
 	_ = cl.Flush(flush) // what is left is unknown
 }
 
-// polled makes an operation of an answer; a record is read where Kafka's client gives it out.
-func polled(process int32, began, now int64, fs kgo.Fetches) check.Op {
-	o := check.Op{Process: process, Kind: check.Poll, Outcome: check.OK, Start: began, End: now}
-	fs.EachPartition(func(p kgo.FetchTopicPartition) {
-		if p.Err == nil {
-			o.Marks = append(o.Marks, check.Mark{Key: p.Partition, LogStart: p.LogStartOffset, Stable: p.LastStableOffset, High: p.HighWatermark})
-		}
-		for _, r := range p.Records {
-			o.Records = append(o.Records, check.Record{Key: r.Partition, Offset: r.Offset, Value: decode(r.Value), Hash: crc32.ChecksumIEEE(r.Value)})
+// polled notes an answer; a record is read where Kafka's client gives it out.
+func (w *workload) polled(process int32, began int64, fs kgo.Fetches) {
+	o := check.Op{Process: process, Kind: check.Poll, Outcome: check.OK, Start: began, End: w.now()}
+	fs.EachError(func(topic string, partition int32, err error) {
+		if unreadable(err) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.bad = append(w.bad, check.Anomaly{Rule: "unreadable", Text: fmt.Sprintf("client %d: %v", process, err), Key: keyOf(topic, partition)})
 		}
 	})
-	return o
+	fs.EachPartition(func(p kgo.FetchTopicPartition) {
+		if p.Err == nil {
+			o.Marks = append(o.Marks, check.Mark{Key: keyOf(p.Topic, p.Partition), LogStart: p.LogStartOffset, Stable: p.LastStableOffset, High: p.HighWatermark})
+		}
+		for _, r := range p.Records {
+			o.Records = append(o.Records, check.Record{Key: keyOf(r.Topic, r.Partition), Offset: r.Offset, Value: decode(r.Value), Hash: crc32.ChecksumIEEE(r.Value)})
+		}
+	})
+	w.record(o)
+}
+
+// unreadable tells an answer that makes no sense, or says that records are gone, from those that a client has to expect: refusals, lost connections and lost sessions.
+func unreadable(err error) bool {
+	var refused *kerr.Error
+	var network net.Error
+	var session *kgo.ErrGroupSession
+	var begun *kgo.ErrFirstReadEOF
+	for _, expected := range []error{context.Canceled, context.DeadlineExceeded, kgo.ErrClientClosed, io.EOF, net.ErrClosed} {
+		if errors.Is(err, expected) {
+			return false
+		}
+	}
+	return !errors.As(err, &refused) && !errors.As(err, &network) && !errors.As(err, &session) && !errors.As(err, &begun)
 }
 
 func (w *workload) read(ctx context.Context, cl *kgo.Client, process int32) {
 	w.record(check.Op{Process: process, Kind: check.Assign, Outcome: check.OK, Start: w.now(), End: w.now()})
 	for ctx.Err() == nil {
 		began := w.now()
-		w.record(polled(process, began, w.now(), cl.PollFetches(ctx)))
+		w.polled(process, began, cl.PollFetches(ctx))
 	}
 }
 
-// coldRecords is how much of the start is read again each time: it is sealed by then.
+// coldRecords is how much is read from a place each time: it is sealed by then.
 const coldRecords = 2000
 
-// readAgain reads the start of the topic, again and again: from objects, once there are any.
-func (w *workload) readAgain(ctx context.Context, process int32) {
-	for ctx.Err() == nil {
-		cl, err := w.client(kgo.ConsumePartitions(fromStart()), kgo.FetchMaxWait(200*time.Millisecond), kgo.FetchMaxPartitionBytes(64<<10))
+// readAgain reads anywhere in what was acknowledged, again and again: mostly from objects. Each time it is another client, which has not heard of the last one's leaders.
+func (w *workload) readAgain(ctx context.Context, process int32, rng *rand.Rand) {
+	for ; ctx.Err() == nil; process++ {
+		at := fromStart()
+		for p := range int32(keptPartitions) {
+			at[kept][p] = kgo.NewOffset().At(rng.Int64N(w.acked[p].Load() + 1))
+		}
+		cl, err := w.client(kgo.ConsumePartitions(at), kgo.FetchMaxWait(200*time.Millisecond), kgo.FetchMaxPartitionBytes(64<<10))
 		if err != nil {
 			panic(err) // options that contradict one another
 		}
-		w.record(check.Op{Process: process, Kind: check.Assign, Outcome: check.OK, Start: w.now(), End: w.now()})
+		w.assign(process, at)
 		for n := 0; n < coldRecords && ctx.Err() == nil; {
 			began := w.now()
 			fs := cl.PollRecords(ctx, coldRecords)
-			w.record(polled(process, began, w.now(), fs))
+			w.polled(process, began, fs)
 			n += fs.NumRecords()
 		}
 		cl.Close()
-		select { // one that takes all it can get would take the processors too
-		case <-ctx.Done():
-		case <-time.After(100 * time.Millisecond):
+		sleep(ctx, 100*time.Millisecond) // one that takes all it can get would take the processors too
+	}
+}
+
+// assign notes where a client begins.
+func (w *workload) assign(process int32, at map[string]map[int32]kgo.Offset) {
+	o := check.Op{Process: process, Kind: check.Assign, Outcome: check.OK, Start: w.now(), End: w.now()}
+	for topic, all := range at {
+		for p, from := range all {
+			o.Records = append(o.Records, check.Record{Key: keyOf(topic, p), Offset: from.EpochOffset().Offset})
 		}
+	}
+	w.record(o)
+}
+
+// goOn reads for a moment and leaves the rest to a new client, which begins where it has stopped, as one does that keeps its own positions. It knows of no leader but what it is told.
+func (w *workload) goOn(ctx context.Context, process int32) {
+	at := fromStart()
+	for ; ctx.Err() == nil; process++ {
+		cl, err := w.client(kgo.ConsumePartitions(at), kgo.FetchMaxWait(200*time.Millisecond))
+		if err != nil {
+			panic(err) // options that contradict one another
+		}
+		w.assign(process, at)
+		limit, cancel := context.WithTimeout(ctx, time.Second)
+		for limit.Err() == nil {
+			began := w.now()
+			fs := cl.PollFetches(limit)
+			w.polled(process, began, fs)
+			fs.EachRecord(func(r *kgo.Record) { at[r.Topic][r.Partition] = kgo.NewOffset().At(r.Offset + 1) })
+		}
+		cancel()
+		cl.Close()
+	}
+}
+
+// deleteRecords moves the log starts of what expires, before retention does.
+func (w *workload) deleteRecords(ctx context.Context, rng *rand.Rand) {
+	cl, err := w.client()
+	if err != nil {
+		panic(err) // options that contradict one another
+	}
+	defer cl.Close()
+	for ; ctx.Err() == nil; sleep(ctx, 300*time.Millisecond) {
+		var o kadm.Offsets
+		o.Add(kadm.Offset{Topic: expiring, Partition: int32(rng.IntN(partitions - keptPartitions)), At: -1})
+		_, _ = kadm.NewClient(cl).DeleteRecords(ctx, o) // what becomes of it is seen by those who read
+	}
+}
+
+// rejoin is one member of the group after the other, each for a few seconds.
+func (w *workload) rejoin(ctx context.Context, process int32, rng *rand.Rand) {
+	for ; ctx.Err() == nil; process++ {
+		cl, err := w.client(kgo.ConsumerGroup("g"), kgo.ConsumeTopics(kept, expiring), kgo.DisableAutoCommit(), kgo.BlockRebalanceOnPoll(),
+			kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()), kgo.FetchMaxWait(200*time.Millisecond), kgo.SessionTimeout(6*time.Second), kgo.HeartbeatInterval(time.Second))
+		if err != nil {
+			panic(err) // options that contradict one another
+		}
+		limit, cancel := context.WithTimeout(ctx, time.Duration(2000+rng.IntN(6000))*time.Millisecond)
+		w.join(limit, cl, process)
+		cancel()
+		cl.Close()
 	}
 }
 
@@ -217,10 +350,13 @@ func (w *workload) join(ctx context.Context, cl *kgo.Client, process int32) {
 	for ctx.Err() == nil {
 		began := w.now()
 		fs := cl.PollFetches(ctx)
-		w.record(polled(process, began, w.now(), fs))
+		w.polled(process, began, fs)
 		o := check.Op{Process: process, Kind: check.Commit, Outcome: check.OK, Group: 1, Start: w.now()}
-		for p, at := range cl.UncommittedOffsets()[topic] {
-			o.Records = append(o.Records, check.Record{Key: p, Offset: at.Offset})
+		_, o.Generation = cl.GroupMetadata()
+		for topic, all := range cl.UncommittedOffsets() {
+			for p, at := range all {
+				o.Records = append(o.Records, check.Record{Key: keyOf(topic, p), Offset: at.Offset})
+			}
 		}
 		limit, cancel := context.WithTimeout(ctx, 3*time.Second)
 		if err := cl.CommitUncommittedOffsets(limit); err != nil {
@@ -245,7 +381,7 @@ func (w *workload) finish(ctx context.Context) ([]check.Op, error) {
 	defer cl.Close()
 	var ends kadm.ListedOffsets
 	if !until(func() bool {
-		ends, err = kadm.NewClient(cl).ListEndOffsets(ctx, topic)
+		ends, err = kadm.NewClient(cl).ListEndOffsets(ctx, kept, expiring)
 		err = errors.Join(err, ends.Error())
 		return err == nil
 	}) {
@@ -253,8 +389,8 @@ func (w *workload) finish(ctx context.Context) ([]check.Op, error) {
 	}
 	next := map[int32]int64{}
 	done := func() bool {
-		for p := range int32(partitions) {
-			if e, _ := ends.Lookup(topic, p); next[p] < e.Offset {
+		for key := range int32(partitions) {
+			if e, _ := ends.Lookup(partitionOf(key)); next[key] < e.Offset {
 				return false
 			}
 		}
@@ -266,8 +402,8 @@ func (w *workload) finish(ctx context.Context) ([]check.Op, error) {
 		if ctx.Err() != nil {
 			return w.ops, fmt.Errorf("reading everything after all faults: %w, at %v", ctx.Err(), next)
 		}
-		w.record(polled(300, began, w.now(), fs))
-		fs.EachRecord(func(r *kgo.Record) { next[r.Partition] = r.Offset + 1 })
+		w.polled(300, began, fs)
+		fs.EachRecord(func(r *kgo.Record) { next[keyOf(r.Topic, r.Partition)] = r.Offset + 1 })
 	}
 	return w.ops, nil
 }
