@@ -50,13 +50,17 @@ type Host struct {
 }
 
 // Open opens or creates the node in cfg.DataDir, and returns when it leads its groups and knows the cluster. A new directory becomes a
-// cluster of one voter.
-func Open(ctx context.Context, cfg Config) (*Host, error) {
+// cluster of one voter. On an error cfg.PeerListener is closed.
+func Open(ctx context.Context, cfg Config) (_ *Host, err error) {
+	defer func() {
+		if err != nil && cfg.PeerListener != nil {
+			_ = cfg.PeerListener.Close() // a Host that got so far has closed it
+		}
+	}()
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
 	h := &Host{cfg: cfg, stop: make(chan struct{}), opened: make(chan struct{}), removed: make(chan struct{}), poked: make(chan struct{}), shardCount: int(cfg.Shards)}
-	var err error
 	var fresh bool
 	h.identity, h.lock, fresh, err = openDataDir(cfg.DataDir, cfg.NodeID, cfg.alone())
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -96,6 +97,11 @@ func TestRecover(t *testing.T) {
 		}()
 		if err := c.open(2); !errors.Is(err, ErrRecovering) {
 			t.Fatalf("a node whose recovery did not end: %v", err)
+		}
+		if l, err := net.Listen("tcp", c.voters[2].Addr); err != nil {
+			t.Fatalf("a node that did not open keeps its listener: %v", err)
+		} else if err := l.Close(); err != nil {
+			t.Fatal(err)
 		}
 	}
 	rec.Backup, rec.Progress = backup(), func(string) {}

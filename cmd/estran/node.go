@@ -157,7 +157,6 @@ func (n *node) openHost(ctx context.Context, reg prometheus.Registerer) error {
 		Shards: uint32(n.cfg.Quorum.Shards), HotMaxBytes: int64(n.cfg.Hot.MaxBytes), LocalRetentionBytes: int64(n.cfg.Tiering.LocalRetentionBytes),
 		OffsetsRetention: bc.OffsetsRetention, Voters: voters, PeerAdvertise: reachable(n.cfg.Listeners.Peer.Advertise, peer), Secret: secret, TLS: n.cfg.peerTLS(), PeerListener: peer, Logger: n.log, Registerer: reg, OnLead: n.lead, OnFatal: n.stopNow, OnBackup: backups.save, StoreTime: storeTime})
 	if err != nil {
-		_ = peer.Close() // Open may have closed it
 		return quorumFault(n.cfg, err)
 	}
 	n.host = h
