@@ -179,7 +179,7 @@ func (r *request) hold(n int64) {
 	case more < 0:
 		r.s.answers.Release(-more)
 	case more > 0:
-		if r.s.answers.Acquire(r.s.ctx, more) != nil {
+		if r.s.answers.acquire(r.s.ctx, more) != nil {
 			return // the server closes; the writer drops the answer
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"runtime"
 	"sync"
 	"time"
@@ -149,19 +150,35 @@ func (c *conn) one(size int32) error {
 		return fmt.Errorf("frame of %d bytes for API key %d, at most %d", size, key, smallFrame)
 	}
 	r := &request{s: s, c: c, api: a, version: version, held: min(int64(size), s.cfg.FrameBudget)}
-	if err := s.frames.Acquire(s.ctx, r.held); err != nil {
+	if err := s.frames.acquire(s.ctx, r.held); err != nil {
 		return err
 	}
 	r.frame = record.GetBuffer(int(size))
-	if err := c.c.SetReadDeadline(time.Now().Add(s.cfg.HeaderTimeout + time.Duration(size)*time.Second/(64<<10))); err != nil {
-		r.drop()
-		return err
-	}
-	if _, err := io.ReadFull(c.in, r.frame); err != nil {
+	if err := c.readFrame(r.frame); err != nil {
 		r.drop()
 		return err
 	}
 	return c.handle(r)
+}
+
+// readFrame reads a frame, for which memory has been taken.
+func (c *conn) readFrame(b []byte) error {
+	x := c.s.frames.transfer(len(b), c.s.cfg.HeaderTimeout, c.s.cfg.HeaderTimeout+time.Duration(len(b))*time.Second/(64<<10))
+	for n := 0; n < len(b); {
+		if err := c.c.SetReadDeadline(x.next()); err != nil {
+			return err
+		}
+		m, err := c.in.Read(b[n:])
+		n += m
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
+		}
+		if n < len(b) && !x.goesOn(n) {
+			c.s.m.slow.WithLabelValues("frame").Inc()
+			return fmt.Errorf("%w: %d of a frame's %d bytes", errSlow, n, len(b))
+		}
+	}
+	return nil
 }
 
 func (c *conn) handle(r *request) error {
@@ -320,10 +337,7 @@ func (c *conn) write() {
 		c.mu.Unlock()
 		var err error
 		if n > 0 {
-			if err = c.c.SetWriteDeadline(time.Now().Add(c.s.cfg.WriteTimeout)); err == nil {
-				out := bufs // WriteTo consumes its receiver
-				_, err = out.WriteTo(c.c)
-			}
+			err = c.writeAll(bufs, n)
 		}
 		for _, a := range batch {
 			c.done(a)
@@ -338,6 +352,25 @@ func (c *conn) write() {
 			c.closed = true
 			c.cond.Broadcast()
 			c.mu.Unlock()
+		}
+	}
+}
+
+// writeAll sends answers of size bytes; fetches have taken memory for theirs.
+func (c *conn) writeAll(bufs net.Buffers, size int) error {
+	x := c.s.answers.transfer(size, c.s.cfg.WriteTimeout, c.s.cfg.WriteTimeout)
+	for n := 0; ; {
+		if err := c.c.SetWriteDeadline(x.next()); err != nil {
+			return err
+		}
+		m, err := bufs.WriteTo(c.c) // which takes from them what was sent
+		n += int(m)
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
+		}
+		if !x.goesOn(n) {
+			c.s.m.slow.WithLabelValues("answer").Inc()
+			return fmt.Errorf("%w: %d of an answer's %d bytes", errSlow, n, size)
 		}
 	}
 }

@@ -10,7 +10,7 @@ import (
 // metrics are the series of this package. Children of the hot path are looked up once.
 type metrics struct {
 	duration                                      *prometheus.HistogramVec
-	requests, errors, rejected, fetched           *prometheus.CounterVec
+	requests, errors, rejected, slow, fetched     *prometheus.CounterVec
 	connections                                   prometheus.Gauge
 	badFrames, unsupported, acceptFailed          prometheus.Counter
 	bytesIn, bytesOut, messagesIn, bytesRejected  *prometheus.CounterVec
@@ -36,6 +36,7 @@ func newMetrics(r prometheus.Registerer) *metrics {
 		requests:     count("kafka_network_requestmetrics_requests_total", "Requests by API.", "request"),
 		errors:       count("estran_kafka_errors_total", "Errors answered.", "api", "error"),
 		rejected:     count("estran_kafka_connections_rejected_total", "Connections refused.", "reason"),
+		slow:         count("estran_kafka_slow_connections_total", "Connections ended because a frame did not come or an answer was not taken: in time, or while others waited for its memory.", "what"),
 		fetched:      count("estran_fetch_bytes_total", "Bytes of Fetch answers to consumers, by the tier that they came from.", "tier"),
 		connections:  prometheus.NewGauge(prometheus.GaugeOpts{Name: "estran_kafka_connections", Help: "Open connections."}),
 		badFrames:    prometheus.NewCounter(prometheus.CounterOpts{Name: "estran_kafka_bad_frames_total", Help: "Frames that could not be decoded."}),
@@ -50,7 +51,7 @@ func newMetrics(r prometheus.Registerer) *metrics {
 			Buckets: prometheus.ExponentialBuckets(128, 4, 9)}),
 		byAPI: map[string]apiMetrics{},
 	}
-	r.MustRegister(m.duration, m.requests, m.errors, m.rejected, m.fetched, m.connections, m.badFrames, m.unsupported, m.acceptFailed, m.bytesIn, m.bytesOut, m.messagesIn,
+	r.MustRegister(m.duration, m.requests, m.errors, m.rejected, m.slow, m.fetched, m.connections, m.badFrames, m.unsupported, m.acceptFailed, m.bytesIn, m.bytesOut, m.messagesIn,
 		m.bytesRejected, m.produces, m.fetches, m.failedProduce, m.failedFetch, m.batch)
 	for _, a := range apiList() {
 		m.byAPI[a.name] = apiMetrics{m.requests.WithLabelValues(a.name), m.duration.WithLabelValues(a.name)}

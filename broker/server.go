@@ -8,8 +8,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
-
-	"golang.org/x/sync/semaphore"
 )
 
 // Server answers Kafka clients.
@@ -19,8 +17,8 @@ type Server struct {
 	read     Reader
 	m        *metrics
 	apis     map[int16]*api
-	frames   *semaphore.Weighted
-	answers  *semaphore.Weighted
+	frames   *budget
+	answers  *budget
 	check    chan struct{} // one token per batch that is being checked: as many as there are cores
 	session  *sessions
 	groups   *coordinator
@@ -39,7 +37,7 @@ type Server struct {
 
 // NewServer returns a server over a backend. Its configuration must come from DefaultConfig.
 func NewServer(cfg Config, b Backend, r Reader) *Server {
-	s := &Server{cfg: cfg, b: b, read: r, m: newMetrics(cfg.Registerer), frames: semaphore.NewWeighted(cfg.FrameBudget), answers: semaphore.NewWeighted(cfg.ResponseBudget),
+	s := &Server{cfg: cfg, b: b, read: r, m: newMetrics(cfg.Registerer), frames: newBudget(cfg.FrameBudget), answers: newBudget(cfg.ResponseBudget),
 		check: make(chan struct{}, cores()), session: newSessions(sessionsMax, sessionPartsAll), conns: map[*conn]struct{}{}, perIP: map[string]int{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.apis = map[int16]*api{}

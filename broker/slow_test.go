@@ -4,10 +4,13 @@ import (
 	"errors"
 	"net"
 	"os"
+	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/estran/estran/tiering/record"
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
@@ -56,5 +59,58 @@ func TestAcceptFails(t *testing.T) {
 	(&whole{addr: l.Addr().String()}).dial(t) // the Accept that is under way ends
 	if err := <-served; !errors.Is(err, syscall.EBADF) {
 		t.Errorf("serve: %v", err)
+	}
+}
+
+// A transfer that hardly moves ends when others wait for the memory that it holds, not before; whatever happens it ends in time.
+func TestSlowTransfers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBudget(1)
+		x := b.transfer(3000, 30*time.Second, 10*time.Second) // 100 bytes a second
+		on := func(n int, want bool) {
+			t.Helper()
+			time.Sleep(time.Until(x.next()))
+			if got := x.goesOn(n); got != want {
+				t.Errorf("%d bytes: it goes on: %v, want %v", n, got, want)
+			}
+		}
+		on(0, true)
+		b.waiting.Add(1)
+		on(100, true)
+		on(250, true)
+		on(349, false)
+		b.waiting.Add(-1)
+		for range 5 {
+			on(349, true)
+		}
+		on(3000, false)
+	})
+}
+
+// One client sends a frame that takes the whole budget, and stops in the middle of it; another reads none of its answers. A third is served all the same.
+func TestOneSlowClientStopsNobody(t *testing.T) {
+	w := start(t, func(c *Config) { c.FrameBudget, c.ResponseBudget = 1<<20, answerShare<<20 })
+	w.topic(t, "t", 1, nil)
+	c := w.dial(t)
+	for range 2 {
+		c.ask(produceReq("t", -1, batchBytes(t, record.CodecNone, strings.Repeat("x", 900_000))), 9)
+	}
+	large := fetchReq("t", 0)
+	large.MaxBytes, large.Topics[0].Partitions[0].PartitionMaxBytes = 1<<30, 1<<30
+	for range 2 * answerShare {
+		deaf := w.dial(t)
+		for range 20 { // together more than the kernel takes
+			deaf.send(deaf.encode(large, 11))
+		}
+	}
+	half := w.dial(t)
+	half.send(append(frame(make([]byte, 1<<20))[:4], 0, 0, 0, 9))
+	half.send(make([]byte, 1000))
+	p := c.ask(produceReq("t", -1, batchBytes(t, record.CodecNone, "y")), 9).(*kmsg.ProduceResponse).Topics[0].Partitions[0]
+	if p.ErrorCode != 0 || p.BaseOffset != 2 {
+		t.Errorf("%+v", p)
+	}
+	if f := c.ask(large, 11).(*kmsg.FetchResponse).Topics[0].Partitions[0]; f.ErrorCode != 0 || len(f.RecordBatches) < 900_000 {
+		t.Errorf("code %d, %d bytes", f.ErrorCode, len(f.RecordBatches))
 	}
 }

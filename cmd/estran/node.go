@@ -254,7 +254,7 @@ func (n *node) wire(reg prometheus.Registerer) {
 	n.reader = tiering.NewReader(n.tier, n.host)
 	bc.Logger, bc.Registerer, bc.Now = n.log, reg, planted.Now
 	if most := affordable(); bc.MaxConnections > most {
-		n.log.Warn("fewer connections than configured: descriptors are left for the log, the store and other voters", "component", "node", "max.connections", bc.MaxConnections, "most", most,
+		n.log.Info("fewer connections than configured: descriptors are left for the log, the store and other voters", "component", "node", "max.connections", bc.MaxConnections, "most", most,
 			"fix", "raise the limit of open files (ulimit -n)")
 		bc.MaxConnections = most
 	}

@@ -1,0 +1,72 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+)
+
+// errSlow: a client held memory that others waited for.
+var errSlow = errors.New("too slow for memory that others wait for")
+
+// budget is memory that all clients share. Who holds some of it while he waits for his client may be slow only while nobody else wants it: a few that send or read next to nothing
+// would stop all.
+type budget struct {
+	*semaphore.Weighted
+	waiting atomic.Int32
+}
+
+func newBudget(n int64) *budget { return &budget{Weighted: semaphore.NewWeighted(n)} }
+
+// acquire waits until n bytes are free, or ctx ends.
+func (b *budget) acquire(ctx context.Context, n int64) error {
+	if b.TryAcquire(n) { // not before those that wait
+		return nil
+	}
+	b.waiting.Add(1)
+	defer b.waiting.Add(-1)
+	return b.Acquire(ctx, n)
+}
+
+// look is how often a transfer is looked at.
+const look = time.Second
+
+// transfer is one that holds memory of a budget.
+type transfer struct {
+	b     *budget
+	least int       // bytes between two looks, if others wait
+	end   time.Time // when it must be over
+	since time.Time // the last look, and what had been transferred then
+	seen  int
+}
+
+// transfer begins one of size bytes that may take all of limit. While others wait it must come along as if it had to be over after pace.
+func (b *budget) transfer(size int, pace, limit time.Duration) *transfer {
+	now := time.Now()
+	return &transfer{b: b, least: int(int64(size) * int64(look/time.Millisecond) / max(pace.Milliseconds(), 1)), end: now.Add(limit), since: now}
+}
+
+// next is the deadline of the next call that transfers some of it.
+func (x *transfer) next() time.Time {
+	if n := x.since.Add(look); n.Before(x.end) {
+		return n
+	}
+	return x.end
+}
+
+// goesOn reports whether it may, n bytes having been transferred.
+func (x *transfer) goesOn(n int) bool {
+	now := time.Now()
+	if !now.Before(x.end) {
+		return false
+	}
+	if now.Sub(x.since) < look {
+		return true
+	}
+	slow := n-x.seen < x.least
+	x.since, x.seen = now, n
+	return !slow || x.b.waiting.Load() == 0
+}
