@@ -21,7 +21,7 @@ const (
 
 // tempters are the faults among which a mistake is looked for, where most kinds have nothing to do with it: all others, and all together, would need hours.
 var tempters = map[string]string{
-	planted.PutUnchecked: storeFaults, planted.CRCSkipped: storeFaults,
+	planted.PutUnchecked: "store-down,store-503,store-silent,store-500-done", planted.CRCSkipped: "store-flipped-get,store-flipped-put,none",
 	planted.LocalClock: "clock,clock-two,clock-all,kill-leader,none", planted.NoFsync: "power-cut,power-cut-all,power-cut-twice,kill,none",
 	planted.GuessedOutOfRange: leaderFaults, planted.VerifyLeaderAsProof: leaderFaults, planted.EpochUnchecked: leaderFaults, planted.LeaderStartSkipped: leaderFaults,
 	planted.CommitIndexUnclamped: leaderFaults, planted.OtherTermSent: leaderFaults,
@@ -29,7 +29,6 @@ var tempters = map[string]string{
 }
 
 const (
-	storeFaults  = "store-down,store-503,store-silent,store-flipped-put,store-lost-reply,store-500-done,store-cut-get,store-flipped-get,store-stalled-get,store-whole-get"
 	leaderFaults = "kill-leader,pause,flap,frozen-disk,partition,partition-held,one-way,bridge,drain"
 	rejoinFaults = "wipe,members,kill,kill-leader,pause,partition,flap"
 )
@@ -102,7 +101,7 @@ func try(ctx context.Context, c config, mistake string, play player) (row string
 	if c.nemeses == "" {
 		c.nemeses = tempters[mistake]
 	}
-	c.rounds, c.perLife = 3, 3 // a history is checked when its life ends
+	c.rounds, c.perLife = 5, 5 // a history is checked when its life ends
 	seed, rounds, began := c.seed, 0, time.Now()
 	for ; ctx.Err() == nil; c.seed += 1000 {
 		r, err := play(ctx, c, io.Discard)
