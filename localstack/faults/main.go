@@ -8,6 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -40,6 +41,7 @@ type result struct {
 	Seed      uint64         `json:"seed"`
 	Rounds    int            `json:"rounds"`
 	Acked     int64          `json:"acked"`
+	Others    int64          `json:"others"` // of them to other clients than franz-go
 	Observed  int            `json:"observed"`
 	Anomalies int            `json:"anomalies"`
 	Skipped   int            `json:"skipped"`
@@ -53,8 +55,10 @@ type config struct {
 	seed            uint64
 	rounds, perLife int
 	nemeses, keep   string
-	module          string   // directory of the module whose program is tried
-	program         string   // built already
+	module          string // directory of the module whose program is tried
+	program         string // built already
+	foreign         bool   // other clients take part, if they are installed
+	clients         map[string][]string
 	env             []string // of every voter, beside what a life needs
 	clocks          bool     // the program has a clock that can be wrong
 }
@@ -66,6 +70,7 @@ func main() {
 	flag.IntVar(&c.perLife, "fresh", 10, "rounds of one cluster")
 	flag.StringVar(&c.nemeses, "nemeses", "", "kinds of faults, separated by commas; all if empty")
 	flag.StringVar(&c.keep, "keep", os.TempDir(), "directory for failing histories")
+	flag.BoolVar(&c.foreign, "foreign", true, "librdkafka (python3 with confluent_kafka) and Apache Kafka's own client (a JDK, and what `bash bench/kafka fetch` brings) take part, if they are there")
 	flag.StringVar(&c.module, "module", ".", "directory of the module whose program is tried")
 	mistakes := flag.String("planted", "", "plant these mistakes, separated by commas, or all; each is tried until it is caught")
 	flag.Parse()
@@ -127,6 +132,12 @@ func run(ctx context.Context, c config, out io.Writer) (*result, error) {
 			return r, err
 		}
 	}
+	if c.foreign {
+		if c.clients, err = foreignClients(ctx, dir); err != nil {
+			return r, err
+		}
+		fmt.Fprintln(out, "clients beside franz-go:", slices.Sorted(maps.Keys(c.clients)))
+	}
 	rng := rand.New(rand.NewPCG(c.seed, 0))
 	for left := c.rounds; left > 0; left -= c.perLife { // every fourth cluster is of five voters
 		if err := life(ctx, c, r, program, filepath.Join(dir, "cluster"), kinds, min(left, c.perLife), rng, out); err != nil {
@@ -175,6 +186,15 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 	if err != nil {
 		return err
 	}
+	id := int32(foreignIDs)
+	for _, name := range slices.Sorted(maps.Keys(c.clients)) {
+		if err := load.foreign(load.ctx, c.clients[name], id); err != nil {
+			load.end()
+			load.wg.Wait()
+			return fmt.Errorf("client %s: %w", name, err)
+		}
+		id += 10
+	}
 	w := &world{cluster: cluster, network: network, store: store, rng: rng, leader: func() (int32, error) { return load.leader(ctx) }}
 	if c.clocks {
 		for i := range cluster.Nodes {
@@ -196,6 +216,7 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 		err = fmt.Errorf("%w: %w", errStuck, err)
 	}
 	failed = errors.Join(failed, err)
+	r.Others += load.others.Load()
 	if failed == nil {
 		found, err := load.scrub(limit, store)
 		r.report(found, out)

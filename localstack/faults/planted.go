@@ -47,7 +47,7 @@ func plant(ctx context.Context, c config, names string, out io.Writer) error {
 	if c.program, err = localstack.Build(ctx, c.module, dir, "-tags=planted"); err != nil {
 		return err
 	}
-	c.keep, c.clocks = dir, true
+	c.keep, c.clocks, c.foreign = dir, true, false
 	if err := control(ctx, c, run); err != nil {
 		return err
 	}

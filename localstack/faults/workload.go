@@ -43,11 +43,13 @@ type workload struct {
 	value   atomic.Uint64
 	acked   [partitions]atomic.Int64
 	unacked atomic.Int64
+	others  atomic.Int64 // acknowledged to other clients than franz-go
 	mu      sync.Mutex
 	ops     []check.Op
 	asked   []check.Metadata
 	bad     []check.Anomaly // answers that cannot be read
 	wg      sync.WaitGroup
+	ctx     context.Context // of the load
 	end     context.CancelFunc
 }
 
@@ -93,6 +95,7 @@ func start(ctx context.Context, brokers []string, seed uint64) (*workload, error
 		}
 	}
 	ctx, w.end = context.WithCancel(ctx)
+	w.ctx = ctx
 	for i := range producers {
 		codec := []kgo.CompressionCodec{kgo.NoCompression(), kgo.SnappyCompression()}[i%2]
 		w.run(func(cl *kgo.Client) { w.produce(ctx, cl, int32(i)) }, kgo.ProducerBatchCompression(codec), kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.RecordRetries(1<<30), kgo.MaxBufferedRecords(inFlight), kgo.ProducerLinger(5*time.Millisecond))
