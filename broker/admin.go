@@ -304,7 +304,7 @@ func handleDeleteTopics(r *request) error {
 		var err error
 		named := m.name != "" || r.version < 6
 		if named {
-			m.t, err = r.topicNamed(ctx, m.name)
+			m.t, err = r.findTopic(ctx, func(c *state.Cluster) (*state.Topic, bool) { return c.Topic(m.name) })
 		} else {
 			m.t, err = r.findTopic(ctx, func(c *state.Cluster) (*state.Topic, bool) { return c.TopicByID(m.id) })
 		}

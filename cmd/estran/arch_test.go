@@ -39,7 +39,7 @@ var allowed = map[string][]string{
 	"broker":             {"localstack/planted", "broker/group", "raftmeta/state", "raftmeta", "tiering", "tiering/record", "tiering/segment"},
 	"localstack":         {"objstore", "objstore/fs", "objstore/mem", "tiering/record"},
 	"localstack/check":   {},
-	"localstack/faults":  {"localstack/planted", "localstack", "localstack/check", "broker"},
+	"localstack/faults":  {"localstack/planted", "localstack", "localstack/check", "broker", "tiering/segment"},
 	"bench":              {"localstack", "tiering/record"},
 	"cmd/estran":         {"*"},
 }
