@@ -158,12 +158,20 @@ func (r *request) leaderlessOf(parts []*fetchPart) (out map[record.ShardID]bool)
 	return out
 }
 
-// answerShare is the part of the answers' budget that one answer may take: a few clients that do not read must not stop the others.
-const answerShare = 8
+// answerShare is the part of the answers' budget that one answer may take, busyShare that while others wait for it: a few clients that do not read must not stop the others, and one
+// that reads slowly must come to its end with what it gets.
+const (
+	answerShare = 8
+	busyShare   = 64
+)
 
 // reserve takes what an answer may need from the budget, before anything is read into memory. The first batch of an answer may be larger than that.
 func (r *request) reserve(f *fetchRequest, parts []*fetchPart) (limit int) {
-	limit = min(max(int(f.maxBytes), 0), int(r.s.cfg.ResponseBudget)/answerShare)
+	share := answerShare
+	if r.s.answers.waiting.Load() > 0 {
+		share = busyShare
+	}
+	limit = min(max(int(f.maxBytes), 0), int(r.s.cfg.ResponseBudget)/share)
 	asked := 0
 	for _, p := range parts {
 		asked = min(asked+max(int(p.maxBytes), 0), limit)

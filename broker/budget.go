@@ -31,8 +31,10 @@ func (b *budget) acquire(ctx context.Context, n int64) error {
 	return b.Acquire(ctx, n)
 }
 
-// look is how often a transfer is looked at.
-const look = time.Second
+const (
+	look    = time.Second // how often a transfer is looked at
+	slowest = 64 << 10    // bytes a second that a transfer must reach in the end, when nobody waits
+)
 
 // transfer is one that holds memory of a budget.
 type transfer struct {
@@ -43,10 +45,10 @@ type transfer struct {
 	seen  int
 }
 
-// transfer begins one of size bytes that may take all of limit. While others wait it must come along as if it had to be over after pace.
-func (b *budget) transfer(size int, pace, limit time.Duration) *transfer {
+// transfer begins one of size bytes. While others wait it must come along as if it had to be over after limit; if nobody does it may be slow beyond that.
+func (b *budget) transfer(size int, limit time.Duration) *transfer {
 	now := time.Now()
-	return &transfer{b: b, least: int(int64(size) * int64(look/time.Millisecond) / max(pace.Milliseconds(), 1)), end: now.Add(limit), since: now}
+	return &transfer{b: b, least: int(int64(size) * look.Milliseconds() / max(limit.Milliseconds(), 1)), end: now.Add(limit + time.Duration(size)*time.Second/slowest), since: now}
 }
 
 // next is the deadline of the next call that transfers some of it.

@@ -163,7 +163,7 @@ func (c *conn) one(size int32) error {
 
 // readFrame reads a frame, for which memory has been taken.
 func (c *conn) readFrame(b []byte) error {
-	x := c.s.frames.transfer(len(b), c.s.cfg.HeaderTimeout, c.s.cfg.HeaderTimeout+time.Duration(len(b))*time.Second/(64<<10))
+	x := c.s.frames.transfer(len(b), c.s.cfg.HeaderTimeout)
 	for n := 0; n < len(b); {
 		if err := c.c.SetReadDeadline(x.next()); err != nil {
 			return err
@@ -358,7 +358,7 @@ func (c *conn) write() {
 
 // writeAll sends answers of size bytes; fetches have taken memory for theirs.
 func (c *conn) writeAll(bufs net.Buffers, size int) error {
-	x := c.s.answers.transfer(size, c.s.cfg.WriteTimeout, c.s.cfg.WriteTimeout)
+	x := c.s.answers.transfer(size, c.s.cfg.WriteTimeout)
 	for n := 0; ; {
 		if err := c.c.SetWriteDeadline(x.next()); err != nil {
 			return err

@@ -66,7 +66,7 @@ func TestAcceptFails(t *testing.T) {
 func TestSlowTransfers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBudget(1)
-		x := b.transfer(3000, 30*time.Second, 10*time.Second) // 100 bytes a second
+		x := b.transfer(10*slowest, 10*time.Second)
 		on := func(n int, want bool) {
 			t.Helper()
 			time.Sleep(time.Until(x.next()))
@@ -76,14 +76,14 @@ func TestSlowTransfers(t *testing.T) {
 		}
 		on(0, true)
 		b.waiting.Add(1)
-		on(100, true)
-		on(250, true)
-		on(349, false)
+		on(slowest, true)
+		on(2*slowest+10, true)
+		on(3*slowest, false)
 		b.waiting.Add(-1)
-		for range 5 {
-			on(349, true)
+		for range 15 {
+			on(3*slowest, true)
 		}
-		on(3000, false)
+		on(9*slowest, false)
 	})
 }
 
