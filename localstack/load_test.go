@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -507,4 +508,120 @@ func TestSlowClients(t *testing.T) {
 		c.reset()
 	}
 	back(t, n, before)
+}
+
+// memoryGroup limits the memory of a process, by a cgroup of its own where there are any and this process may make one; killed is how often the kernel has ended one in it.
+func memoryGroup(t *testing.T, n *Node, limit int64) (killed func() int) {
+	t.Helper()
+	pid := n.PID
+	const root = "/sys/fs/cgroup"
+	dir, knob, events, swap := filepath.Join(root, fmt.Sprint("estran-", pid)), "memory.max", "memory.events", "memory.swap.max"
+	if _, err := os.Stat(filepath.Join(root, "memory", "memory.limit_in_bytes")); err == nil { // version 1
+		dir, knob, events, swap = filepath.Join(root, "memory", fmt.Sprint("estran-", pid)), "memory.limit_in_bytes", "memory.oom_control", "memory.memsw.limit_in_bytes"
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Logf("no cgroup here, only the process's own account is looked at: %v", err)
+		return func() int { return 0 }
+	}
+	write := func(name string, n int64) error {
+		return os.WriteFile(filepath.Join(dir, name), fmt.Append(nil, n), 0o600)
+	}
+	t.Cleanup(func() {
+		_ = n.Kill()
+		until(t, "the cgroup to be empty", func() bool { return os.Remove(dir) == nil })
+	})
+	if err := errors.Join(write(knob, limit), write("cgroup.procs", int64(pid))); err != nil {
+		t.Logf("no limit of memory here, only the process's own account is looked at: %v", err)
+		return func() int { return 0 }
+	}
+	_ = write(swap, limit) // where there is swap
+	return func() (n int) {
+		b, err := os.ReadFile(filepath.Join(dir, events))
+		if err != nil {
+			t.Error(err)
+		}
+		for line := range strings.Lines(string(b)) {
+			_, _ = fmt.Sscanf(line, "oom_kill %d", &n) // the others say something else
+		}
+		return n
+	}
+}
+
+// resident is a field of the process's status, in bytes: VmRSS is what it has in memory, VmHWM the most that it had. ok is false where it is not told.
+func resident(pid int, field string) (n int64, ok bool) {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, false // only Linux tells
+	}
+	for line := range strings.Lines(string(status)) {
+		if rest, found := strings.CutPrefix(line, field+":"); found {
+			_, err := fmt.Sscan(rest, &n)
+			return n << 10, err == nil
+		}
+	}
+	return 0, false
+}
+
+// Row 24: 100 clients fetch as much as they may, from the log and from objects, a tenth of them in no hurry, beside twenty producers of large requests, in 512 MiB. Each gets all of its
+// answers and acknowledgements, and the process stays below its limit.
+func TestBigFetchers(t *testing.T) {
+	const limit, fetchers, producers, partitions, answers = 512 << 20, 100, 20, 16, 10
+	n := startNode(t, t.TempDir(), []string{"ESTRAN_QUORUM_SHARDS=2", "ESTRAN_TIERING_SEAL_BYTES=8MiB", "ESTRAN_TIERING_SEAL_AGE=300ms", "ESTRAN_TIERING_LOCAL_RETENTION_BYTES=0", "GOMEMLIMIT=400MiB"})
+	killed := memoryGroup(t, n, limit)
+	createTopic(t, n, "t", partitions)
+	fill := client(t, n, kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.ProducerBatchCompression(kgo.NoCompression()), kgo.DefaultProduceTopic("t"))
+	value := make([]byte, 900_000)
+	for i := range 8 * partitions { // 7 MB in each partition
+		if err := fill.ProduceSync(t.Context(), &kgo.Record{Partition: int32(i % partitions), Value: value}).FirstErr(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var read atomic.Int64
+	one := func(i, k int, c *wire) error {
+		if i >= fetchers {
+			return c.produced("t", int32((i+k)%partitions), value)
+		}
+		if err := c.send(fetch("t", partitions, int64(k%2*4), time.Second), fetchVersion); err != nil {
+			return err
+		}
+		size, err := c.receive(nil)
+		if err == nil && size < len(value) {
+			err = fmt.Errorf("an answer of %d bytes", size)
+		}
+		read.Add(int64(size))
+		return err
+	}
+	each(t, fetchers+producers, func(i int) error {
+		slow := i < fetchers/10
+		for k, tries := 0, 0; k < answers; {
+			c, err := dialWire(n)
+			if err != nil {
+				return err
+			}
+			if slow { // as Java's consumers, which ask for so little
+				err = c.Conn.(*net.TCPConn).SetReadBuffer(64 << 10)
+			}
+			for ; err == nil && k < answers; k++ {
+				if err = one(i, k, c); err != nil {
+					break
+				}
+			}
+			c.reset()
+			if tries++; err != nil && (!slow || tries == 100) { // others wait for the memory of its answer: the next is smaller
+				return fmt.Errorf("client %d, answer %d: %w", i, k, err)
+			}
+		}
+		return nil
+	})
+	peak, told := resident(n.PID, "VmHWM")
+	t.Logf("%d MB were fetched, at most %d MiB were in memory; %.0f MB came from objects", read.Load()/1e6, peak>>20, metric(t, n, "estran_fetch_bytes_total", `tier="object"`)/1e6)
+	if k := killed(); k > 0 || !n.Alive() {
+		t.Errorf("the process was ended for want of memory (%d)", k)
+	}
+	if told && peak > limit {
+		t.Errorf("%d MiB were in memory, %d are the limit", peak>>20, int64(limit)>>20)
+	}
+	if metric(t, n, "estran_fetch_bytes_total", `tier="object"`) == 0 {
+		t.Error("nothing came from objects")
+	}
 }
