@@ -12,9 +12,10 @@ SEED     ?= 1
 ROUNDS   ?= 20
 NEMESES  ?=
 MISTAKES ?= all
-HOURS    ?= 24
+HOURS    ?=
+SOAK_MINUTES ?= $(shell echo $$(($(or $(HOURS),2) * 60)))
 
-.PHONY: build test short lint cross race fuzz bench bench-go bench-kafka bench-wal golden localstack-bin compose-test clients-test image faults planted sim clean
+.PHONY: build test short lint cross race fuzz bench bench-go bench-kafka bench-wal golden localstack-bin compose-test clients-test image faults planted sim soak clean
 
 build: ## one static binary, ./estran
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o estran ./cmd/estran
@@ -77,7 +78,10 @@ planted: ## rounds of faults against programs with one known MISTAKE each, until
 	$(GO) run ./localstack/faults --seed $(SEED) --nemeses "$(NEMESES)" --planted "$(MISTAKES)"
 
 sim: ## HOURS of cluster time in minutes: three voters in one process under faults and a load chosen by SEED; the time is virtual
-	ESTRAN_SIM_SEED=$(SEED) ESTRAN_SIM_HOURS=$(HOURS) $(GO) test ./raftmeta/sim -count=1 -v -timeout 60m
+	ESTRAN_SIM_SEED=$(SEED) ESTRAN_SIM_HOURS=$(or $(HOURS),24) $(GO) test ./raftmeta/sim -count=1 -v -timeout 60m
+
+soak: ## HOURS of three voters (or SOAK_MINUTES) under a load in which everything comes and goes: what grows? ends by itself
+	$(GO) run ./localstack/soak --minutes $(SOAK_MINUTES)
 
 clean:
 	rm -f estran

@@ -40,6 +40,7 @@ var allowed = map[string][]string{
 	"localstack":         {"objstore", "objstore/fs", "objstore/mem", "tiering/record"},
 	"localstack/check":   {},
 	"localstack/faults":  {"localstack/planted", "localstack", "localstack/check", "broker", "tiering/segment"},
+	"localstack/soak":    {"localstack"},
 	"bench":              {"localstack", "tiering/record"},
 	"cmd/estran":         {"*"},
 }
@@ -67,7 +68,7 @@ var owners = map[string][]string{
 	"github.com/aws":                      {"objstore/s3"},
 	"github.com/minio/minio-go":           {"objstore/minio"},
 	"github.com/minio":                    {}, // MinIO itself is AGPL: a program to start, never a library
-	"github.com/twmb/franz-go":            {"cmd/estran", "bench", "localstack/faults"},
+	"github.com/twmb/franz-go":            {"cmd/estran", "bench", "localstack/faults", "localstack/soak"},
 	"github.com/anishathalye/porcupine":   {"localstack/check", "broker"},
 	"github.com/spf13/cobra":              {"cmd/estran"},
 	"github.com/goccy/go-yaml":            {"cmd/estran"},
