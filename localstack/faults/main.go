@@ -11,9 +11,11 @@ import (
 	"maps"
 	"math/rand/v2"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/estran/estran/localstack"
@@ -74,14 +76,16 @@ func main() {
 	flag.StringVar(&c.module, "module", ".", "directory of the module whose program is tried")
 	mistakes := flag.String("planted", "", "plant these mistakes, separated by commas, or all; each is tried until it is caught")
 	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM) // disks must be unmounted
+	defer stop()
 	if *mistakes != "" {
-		if err := plant(context.Background(), c, *mistakes, os.Stdout); err != nil {
+		if err := plant(ctx, c, *mistakes, os.Stdout); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
 		return
 	}
-	r, err := run(context.Background(), c, os.Stdout)
+	r, err := run(ctx, c, os.Stdout)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 	}
@@ -204,7 +208,7 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 	var failed error
 	for range rounds {
 		n := kinds[rng.IntN(len(kinds))]
-		if failed = round(ctx, r, w, load, n, out); failed != nil {
+		if failed = round(ctx, r, w, load, n, out); failed != nil || ctx.Err() != nil {
 			break
 		}
 		store.Calls() // they are not kept
@@ -212,7 +216,10 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 	limit, cancel := context.WithTimeout(ctx, 3*time.Minute)
 	defer cancel()
 	ops, err := load.finish(limit)
-	if err != nil && ctx.Err() == nil {
+	if ctx.Err() != nil { // interrupted: what is missing is no finding
+		return ctx.Err()
+	}
+	if err != nil {
 		err = fmt.Errorf("%w: %w", errStuck, err)
 	}
 	failed = errors.Join(failed, err)
