@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"github.com/estran/estran/raftmeta"
-	"github.com/estran/estran/raftmeta/state"
 	"github.com/estran/estran/tiering/record"
 )
 
@@ -152,7 +151,7 @@ func (p *producePart) check(r *request, acks int16) {
 	}
 	if p.err != nil {
 		p.message = p.err.Error()
-		r.s.m.bytesRejected.WithLabelValues(p.topic).Add(float64(len(p.batch)))
+		r.s.m.topic(r.s.b.Cluster(), p.topic).bytesRejected.Add(float64(len(p.batch)))
 	}
 }
 
@@ -226,18 +225,19 @@ func (r *request) produced(acks int16, parts []producePart, topics []int, res []
 			x := res[p.at]
 			p.err, p.base, p.logStart = x.Err, x.Base, x.LogStart
 		}
-		r.s.m.produces.WithLabelValues(known(cluster, p.topic)).Inc()
+		m := r.s.m.topic(cluster, p.topic)
+		m.produces.Inc()
 		if p.err != nil {
 			failed = true
-			r.s.m.failedProduce.WithLabelValues(known(cluster, p.topic)).Inc()
+			m.failedProduce.Inc()
 			if r.version >= leaderHints {
 				t, _ := cluster.Topic(p.topic)
 				leaderless = r.leaderless(leaderless, codeOf(p.err), t, p.partition)
 			}
 			continue
 		}
-		r.s.m.bytesIn.WithLabelValues(p.topic).Add(float64(p.size()))
-		r.s.m.messagesIn.WithLabelValues(p.topic).Add(float64(p.count))
+		m.bytesIn.Add(float64(p.size()))
+		m.messagesIn.Add(float64(p.count))
 		r.s.m.batch.Observe(float64(p.size()))
 	}
 	if acks == 0 {
@@ -259,14 +259,6 @@ const leaderHints = 10
 
 // size is the batch's length; its bytes must not be read any more, the frame is back in its pool.
 func (p *producePart) size() int { return len(p.batch) }
-
-// known keeps the names of topics that do not exist out of the metrics.
-func known(c *state.Cluster, topic string) string {
-	if _, ok := c.Topic(topic); ok {
-		return topic
-	}
-	return "unknown"
-}
 
 func (r *request) encodeProduce(parts []producePart, topics []int) *writer {
 	w := r.respond(64 * (len(parts) + 1))

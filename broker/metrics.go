@@ -1,8 +1,10 @@
 package broker
 
 import (
+	"sync"
 	"time"
 
+	"github.com/estran/estran/raftmeta/state"
 	"github.com/estran/estran/tiering"
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -18,7 +20,54 @@ type metrics struct {
 	batch                                         prometheus.Histogram
 	byAPI                                         map[string]apiMetrics
 	byTier                                        [3]prometheus.Counter
+
+	mu      sync.RWMutex
+	byTopic map[string]*topicMetrics
+	sweepAt int // so many topics have series when it is looked which of them are gone
 }
+
+// topicMetrics are a topic's children.
+type topicMetrics struct {
+	bytesIn, messagesIn, bytesRejected, produces, failedProduce prometheus.Counter
+}
+
+// unknownTopic stands for all that do not exist.
+const unknownTopic = "unknown"
+
+// topic returns the series of a topic, those of unknownTopic if it does not exist. Series of topics that are gone are dropped when as many have been added as there were topics.
+func (m *metrics) topic(c *state.Cluster, name string) *topicMetrics {
+	if _, ok := c.Topic(name); !ok {
+		name = unknownTopic
+	}
+	m.mu.RLock()
+	x := m.byTopic[name]
+	m.mu.RUnlock()
+	if x != nil {
+		return x
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if x := m.byTopic[name]; x != nil {
+		return x
+	}
+	vecs := []*prometheus.CounterVec{m.bytesIn, m.messagesIn, m.bytesRejected, m.produces, m.failedProduce}
+	if len(m.byTopic) >= m.sweepAt {
+		for old := range m.byTopic {
+			if _, ok := c.Topic(old); !ok {
+				delete(m.byTopic, old)
+				for _, v := range vecs {
+					v.DeleteLabelValues(old)
+				}
+			}
+		}
+		m.sweepAt = 2*len(m.byTopic) + sweepLeast
+	}
+	x = &topicMetrics{m.bytesIn.WithLabelValues(name), m.messagesIn.WithLabelValues(name), m.bytesRejected.WithLabelValues(name), m.produces.WithLabelValues(name), m.failedProduce.WithLabelValues(name)}
+	m.byTopic[name] = x
+	return x
+}
+
+const sweepLeast = 16
 
 type apiMetrics struct {
 	requests prometheus.Counter
@@ -49,7 +98,7 @@ func newMetrics(r prometheus.Registerer) *metrics {
 		failedFetch:   count(topics+"failedfetchrequests_total", "Fetch requests that failed.", "topic"),
 		batch: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "estran_produce_batch_bytes", Help: "Sizes of produced batches.",
 			Buckets: prometheus.ExponentialBuckets(128, 4, 9)}),
-		byAPI: map[string]apiMetrics{},
+		byAPI: map[string]apiMetrics{}, byTopic: map[string]*topicMetrics{}, sweepAt: sweepLeast,
 	}
 	r.MustRegister(m.duration, m.requests, m.errors, m.rejected, m.slow, m.fetched, m.connections, m.badFrames, m.unsupported, m.acceptFailed, m.bytesIn, m.bytesOut, m.messagesIn,
 		m.bytesRejected, m.produces, m.fetches, m.failedProduce, m.failedFetch, m.batch)
