@@ -142,7 +142,9 @@ func (c *conn) one(size int32) error {
 	if a == nil || version < a.served() || version > a.max {
 		if key != keyAPIVersions {
 			s.m.unsupported.Inc()
-			s.cfg.Logger.Warn("unsupported request", "component", "broker", "key", key, "version", version, "client", c.ip, "software", c.name)
+			if s.firstOfItsKind(key, version) {
+				s.cfg.Logger.Warn("unsupported request; the next ones are only counted", "component", "broker", "key", key, "version", version, "client", c.ip, "software", c.name)
+			}
 			return fmt.Errorf("API key %d version %d is not served", key, version)
 		}
 	}

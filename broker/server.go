@@ -31,6 +31,7 @@ type Server struct {
 	mu    sync.Mutex
 	conns map[*conn]struct{}
 	perIP map[string]int
+	odd   map[[2]int16]bool // requests that are not served, by key and version, of which there was a line in the log
 	lis   []net.Listener
 	wg    sync.WaitGroup
 }
@@ -38,7 +39,7 @@ type Server struct {
 // NewServer returns a server over a backend. Its configuration must come from DefaultConfig.
 func NewServer(cfg Config, b Backend, r Reader) *Server {
 	s := &Server{cfg: cfg, b: b, read: r, m: newMetrics(cfg.Registerer), frames: newBudget(cfg.FrameBudget), answers: newBudget(cfg.ResponseBudget),
-		check: make(chan struct{}, cores()), session: newSessions(sessionsMax, sessionPartsAll), conns: map[*conn]struct{}{}, perIP: map[string]int{}}
+		check: make(chan struct{}, cores()), session: newSessions(sessionsMax, sessionPartsAll), conns: map[*conn]struct{}{}, perIP: map[string]int{}, odd: map[[2]int16]bool{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.apis = map[int16]*api{}
 	for _, a := range apiList() {
@@ -94,6 +95,20 @@ func passes(err error) bool {
 	}
 	ne, ok := errors.AsType[net.Error](err)
 	return ok && ne.Timeout()
+}
+
+// oddMost bounds what is written about requests that are not served: a client must not fill a disk with its mistakes.
+const oddMost = 100
+
+func (s *Server) firstOfItsKind(key, version int16) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	kind := [2]int16{key, version}
+	if s.odd[kind] || len(s.odd) >= oddMost {
+		return false
+	}
+	s.odd[kind] = true
+	return true
 }
 
 // admit registers a connection and starts it, unless there are too many.
