@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -196,4 +197,99 @@ func TestOffsetsAreEverywhere(t *testing.T) {
 		restart(t, gone)
 	}
 	sameLogs(t, nodes)
+}
+
+// busy lets clients produce single records, each waiting for its acknowledgement before it sends the next, and returns how many batches were stored in the meantime.
+func busy(t *testing.T, n *Node, clients, records int) (stored float64) {
+	t.Helper()
+	const name = "estran_raft_log_appends_total"
+	before := metric(t, n, name, `group="1"`)
+	each(t, clients, func(i int) error {
+		c, err := dialWire(n)
+		if err != nil {
+			return err
+		}
+		defer c.reset()
+		for range records / clients {
+			if err := c.produced("t", 0, []byte("v")); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return metric(t, n, name, `group="1"`) - before
+}
+
+// Incidents 38, 41: 10,000 produce requests, and as many fetches and mistakes of clients, leave no entry in meta and next to no line in the log.
+func TestRequestsLeaveNoTrace(t *testing.T) {
+	if testing.Short() {
+		t.Skip("processes are left out with -short")
+	}
+	p, err := program()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var lines atomic.Int64
+	n := NewNode(p, t.TempDir(), []string{"ESTRAN_QUORUM_SHARDS=1"})
+	n.Log = func(string) { lines.Add(1) }
+	startAll(t, []*Node{n})
+	createTopic(t, n, "t", 1)
+	busy(t, n, 10, 1000)
+	began := lines.Load()
+	const name, requests = "estran_raft_last_log_index", 10_000
+	before := metric(t, n, name, `group="meta"`)
+	busy(t, n, 50, requests)
+	each(t, 50, func(int) error {
+		for range requests / 50 / 10 {
+			c, err := dialWire(n)
+			if err != nil {
+				return err
+			}
+			for range 10 {
+				if err := c.send(fetch("t", 1, 0, 0), fetchVersion); err != nil {
+					return err
+				}
+				if _, err := c.receive(nil); err != nil {
+					return err
+				}
+			}
+			for _, b := range [][]byte{{0, 0, 0, 8, 0, 99, 0, 0, 0, 0, 0, 0}, {255, 255, 255, 255}, {0, 0, 0, 8, 0, 1, 0, 99, 0, 0, 0, 0}} { // an unknown key, no length, an unknown version
+				bad, err := dialWire(n)
+				if err != nil {
+					return err
+				}
+				if _, err := bad.Write(b); err != nil {
+					return err
+				}
+				if _, err := bad.Read(make([]byte, 1)); err == nil {
+					return fmt.Errorf("%v is answered", b)
+				}
+				bad.reset()
+			}
+			c.reset()
+		}
+		return nil
+	})
+	if got := metric(t, n, name, `group="meta"`); got != before {
+		t.Errorf("%.0f entries in meta", got-before)
+	}
+	if got := ends(t, n, "t"); got != requests+1000 {
+		t.Errorf("%d records", got)
+	}
+	if got := lines.Load() - began; got > 20 || began == 0 {
+		t.Errorf("%d lines in the log", got)
+	}
+}
+
+// Incident 40: an fsync is shared by whoever waits for one. One client has one for each of its records; of 64 clients each has many.
+func TestFsyncsAreShared(t *testing.T) {
+	n := startNode(t, t.TempDir(), []string{"ESTRAN_QUORUM_SHARDS=1"})
+	createTopic(t, n, "t", 1)
+	const alone, together, clients = 200, 6400, 64
+	one := alone / busy(t, n, 1, alone)
+	many := together / busy(t, n, clients, together)
+	t.Logf("acknowledgements for each write to the log: %.1f with one connection, %.1f with %d", one, many, clients)
+	if one > 1.5 || many < 4*one {
+		t.Errorf("acknowledgements for each write to the log: %.1f with one connection, %.1f with %d", one, many, clients)
+	}
 }

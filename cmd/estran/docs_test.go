@@ -108,7 +108,7 @@ func TestIncidentsNameTests(t *testing.T) {
 	}
 	for _, m := range named {
 		found := false
-		for _, dir := range []string{m[1], "raftmeta/" + m[1]} {
+		for _, dir := range []string{m[1], "raftmeta/" + m[1], "cmd/" + m[1]} {
 			files, err := filepath.Glob(filepath.Join("..", "..", filepath.FromSlash(dir), "*_test.go"))
 			if err != nil {
 				t.Fatal(err)

@@ -17,8 +17,8 @@ const (
 	topic      = "steady"
 	partitions = 6
 	recordSize = 1000
-	perBeat    = 20 // records of each of the two producers, fifty times a second
-	kept       = "8000000"
+	perBeat    = 20        // records of each of the two producers, fifty times a second
+	kept       = "4000000" // bytes of a partition that retention leaves: some ten seconds
 )
 
 // load is the clients. Each kind does one thing over and over, at a pace of its own, until the time is over.
@@ -101,7 +101,7 @@ func paced(ctx context.Context, d time.Duration, f func() error) error {
 }
 
 func (l *load) produce(ctx context.Context) error {
-	cl, err := l.client(kgo.DefaultProduceTopic(topic), kgo.RecordRetries(1<<30))
+	cl, err := l.client(kgo.DefaultProduceTopic(topic), kgo.RecordRetries(1<<30), kgo.ProducerBatchCompression(kgo.NoCompression()))
 	if err != nil {
 		return err
 	}
