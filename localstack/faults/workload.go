@@ -386,15 +386,21 @@ func (w *workload) finish(ctx context.Context) ([]check.Op, error) {
 		return nil, err
 	}
 	defer cl.Close()
-	var ends kadm.ListedOffsets
+	var starts, ends kadm.ListedOffsets
 	if !until(func() bool {
-		ends, err = kadm.NewClient(cl).ListEndOffsets(ctx, kept, expiring)
-		err = errors.Join(err, ends.Error())
+		var err2 error
+		starts, err = kadm.NewClient(cl).ListStartOffsets(ctx, kept, expiring)
+		ends, err2 = kadm.NewClient(cl).ListEndOffsets(ctx, kept, expiring)
+		err = errors.Join(err, err2, starts.Error(), ends.Error())
 		return err == nil
 	}) {
 		return w.ops, fmt.Errorf("the ends after all faults: %w", err)
 	}
 	next := map[int32]int64{}
+	for key := range int32(partitions) { // of one that holds nothing there is nothing to read
+		s, _ := starts.Lookup(partitionOf(key))
+		next[key] = s.Offset
+	}
 	done := func() bool {
 		for key := range int32(partitions) {
 			if e, _ := ends.Lookup(partitionOf(key)); next[key] < e.Offset {
