@@ -146,7 +146,7 @@ func back(t *testing.T, n *Node, before use) {
 	defer func() { t.Logf("before %+v, after %+v", before, now) }()
 	until(t, "what the connections needed to be given back", func() bool {
 		now = usage(t, n)
-		return now.connections <= before.connections+50 && now.goroutines <= before.goroutines+50 && now.descriptors <= before.descriptors+50
+		return now.connections <= before.connections+100 && now.goroutines <= before.goroutines+100 && now.descriptors <= before.descriptors+100
 	})
 }
 
