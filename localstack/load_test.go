@@ -568,6 +568,11 @@ func TestBigFetchers(t *testing.T) {
 	const limit, fetchers, producers, partitions, answers = 512 << 20, 100, 20, 16, 10
 	n := startNode(t, t.TempDir(), []string{"ESTRAN_QUORUM_SHARDS=2", "ESTRAN_TIERING_SEAL_BYTES=8MiB", "ESTRAN_TIERING_SEAL_AGE=300ms", "ESTRAN_TIERING_LOCAL_RETENTION_BYTES=0", "GOMEMLIMIT=400MiB"})
 	killed := memoryGroup(t, n, limit)
+	defer func() {
+		if k := killed(); k > 0 || !n.Alive() {
+			t.Errorf("the process was ended for want of memory (%d)", k)
+		}
+	}()
 	createTopic(t, n, "t", partitions)
 	fill := client(t, n, kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.ProducerBatchCompression(kgo.NoCompression()), kgo.DefaultProduceTopic("t"))
 	value := make([]byte, 900_000)
@@ -615,9 +620,6 @@ func TestBigFetchers(t *testing.T) {
 	})
 	peak, told := resident(n.PID, "VmHWM")
 	t.Logf("%d MB were fetched, at most %d MiB were in memory; %.0f MB came from objects", read.Load()/1e6, peak>>20, metric(t, n, "estran_fetch_bytes_total", `tier="object"`)/1e6)
-	if k := killed(); k > 0 || !n.Alive() {
-		t.Errorf("the process was ended for want of memory (%d)", k)
-	}
 	if told && peak > limit {
 		t.Errorf("%d MiB were in memory, %d are the limit", peak>>20, int64(limit)>>20)
 	}
