@@ -22,6 +22,7 @@ import (
 type result struct {
 	Minutes     float64            `json:"minutes"`
 	Samples     int                `json:"samples"` // after the warm-up
+	Judged      bool               `json:"judged"`  // it was long enough to say what grows
 	Acked       int64              `json:"acked"`
 	Topics      int64              `json:"topics"`      // made and deleted
 	Connections int64              `json:"connections"` // made and dropped

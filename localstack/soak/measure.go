@@ -175,8 +175,10 @@ func watchStalls(ctx context.Context) (longest func() time.Duration) {
 	}
 }
 
-// warmUp is the part of a run that is not judged, an hour at most.
+// warmUp is the part of a run that is not judged, an hour at most. After less than leastWarmUp what fills up would pass for what grows.
 func warmUp(length time.Duration) time.Duration { return min(length/3, time.Hour) }
+
+const leastWarmUp = 5 * time.Minute
 
 // judge says what grows, and which elections nothing explains.
 func (r *result) judge(all []sample) {
@@ -187,7 +189,7 @@ func (r *result) judge(all []sample) {
 	warm := warmUp(all[len(all)-1].at)
 	i := slices.IndexFunc(all, func(s sample) bool { return s.at >= warm })
 	all = all[i:]
-	r.Samples = len(all)
+	r.Samples, r.Judged = len(all), warm >= leastWarmUp
 	for key := range all[0].values {
 		var x, y []float64
 		for _, s := range all {
@@ -196,7 +198,7 @@ func (r *result) judge(all []sample) {
 		slope, deviation, mean := line(x, y)
 		r.PerHour[key] = math.Round(slope*100) / 100
 		for _, q := range quantities {
-			if strings.HasSuffix(key, " "+q.name) && slope-3*deviation > q.bytes+q.part*mean {
+			if r.Judged && strings.HasSuffix(key, " "+q.name) && slope-3*deviation > q.bytes+q.part*mean {
 				r.Grows = append(r.Grows, fmt.Sprintf("%s: %.2f an hour (± %.2f), from %.0f to %.0f", key, slope, deviation, y[0], y[len(y)-1]))
 			}
 		}

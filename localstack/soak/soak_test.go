@@ -62,6 +62,7 @@ func TestJudge(t *testing.T) {
 		{"restless", made(func(float64) float64 { return 200 * mib }, nil), 0, 0, 0},
 		{"warms up", made(func(h float64) float64 { return 200*mib - 80*mib*math.Exp(-h*10) }, nil), 0, 0, 0},
 		{"grows", made(func(h float64) float64 { return 200*mib + 8*mib*h }, nil), 1, 0, 0},
+		{"too short to say", made(func(h float64) float64 { return 200*mib + 600*mib*h }, nil)[:14], 0, 0, 0},
 		{"election", made(func(float64) float64 { return 0 }, func(i int, s *sample) {
 			if i >= 100 {
 				s.terms["meta"] = 3
