@@ -500,6 +500,25 @@ func TestDamagedHeaderAndCopies(t *testing.T) {
 	refused("size", func(fs *memFS) { copy(fs.files[file].data, encodeFileHeader(7, 1, 100)) })
 }
 
+// A crash leaves a recycled file under its old name, and under the new one a file that was being made: the first gets the name.
+func TestCrashBeforeARename(t *testing.T) {
+	fs, _, _ := image(t)
+	spare := &memInode{data: make([]byte, 64<<10)}
+	copy(spare.data, encodeFileHeader(7, 9, 64<<10))
+	fs.files["/log/0000000000000005.log"] = spare
+	fs.files["/log/0000000000000009.log"] = &memInode{data: make([]byte, 8<<10)}
+	l := open(t, fs, nil)
+	for i := uint64(1); i <= 6; i++ {
+		if err := l.GetLog(i, new(raft.Log)); err != nil {
+			t.Errorf("entry %d: %v", i, err)
+		}
+	}
+	l.Close()
+	if fs.files["/log/0000000000000005.log"] != nil || fs.files["/log/0000000000000009.log"] != spare {
+		t.Error("the recycled file has not got its name")
+	}
+}
+
 // A crash may keep a file's trailer and lose its index: the batches are found without it, as long as no later file holds records.
 func TestTornIndex(t *testing.T) {
 	fs, file, _ := image(t)

@@ -98,8 +98,7 @@ func (l *Log) openFiles() ([]*logFile, error) {
 		if !ok {
 			continue
 		}
-		named, err := strconv.ParseUint(hex, 16, 64)
-		if err != nil {
+		if _, err := strconv.ParseUint(hex, 16, 64); err != nil {
 			return files, fmt.Errorf("raftlog: foreign file %s", l.path(n))
 		}
 		f, err := l.fs.Open(l.path(n))
@@ -122,22 +121,26 @@ func (l *Log) openFiles() ([]*logFile, error) {
 			}
 			continue
 		}
-		// A crash between the new header and the rename leaves the old name: the header counts.
-		if lf.gen != named {
-			own := fmt.Sprintf("%016x.log", lf.gen)
-			if slices.Contains(names, own) { // a generation is used once: one of them is a copy
-				return files, errors.Join(fmt.Errorf("%w: %s is of generation %d, and there is %s", ErrCorrupt, lf.name, lf.gen, own), f.Close())
-			}
-			if err := l.fs.Rename(lf.name, l.path(own)); err != nil {
-				return files, errors.Join(fmt.Errorf("raftlog: %w", err), f.Close())
-			}
-			lf.name, names = l.path(own), append(names, own)
-		}
 		files = append(files, lf)
+		if other := l.files[uint32(lf.gen)]; other != nil { // a generation is used once: one of them is a copy
+			return files, errors.Join(fmt.Errorf("%w: %s and %s are both of generation %d", ErrCorrupt, other.name, lf.name, lf.gen), f.Close())
+		}
 		l.files[uint32(lf.gen)] = lf
 		l.fill.gen = max(l.fill.gen, lf.gen)
 	}
 	slices.SortFunc(files, func(a, b *logFile) int { return int(int64(a.gen) - int64(b.gen)) })
+	// A crash between the new header and the rename leaves the old name: the header counts. What had the new name was being made, and is gone.
+	for _, lf := range files {
+		if own := l.path(fmt.Sprintf("%016x.log", lf.gen)); own != lf.name {
+			if slices.ContainsFunc(files, func(o *logFile) bool { return o.name == own }) { // no crash leaves that
+				return files, fmt.Errorf("%w: %s is of generation %d, and there is %s", ErrCorrupt, lf.name, lf.gen, own)
+			}
+			if err := l.fs.Rename(lf.name, own); err != nil {
+				return files, fmt.Errorf("raftlog: %w", err)
+			}
+			lf.name = own
+		}
+	}
 	return files, nil
 }
 
