@@ -204,14 +204,33 @@ func (r *result) judge(all []sample) {
 		}
 	}
 	slices.Sort(r.Grows)
+	r.elections(all)
+}
+
+// returnTime is how long after a stall a group may be handed back to who should lead it: raftmeta's balance waits at most so long.
+const returnTime = 10 * time.Minute
+
+// elections counts those that nothing explains: neither a stall nor, once for each that one does explain, the return of the leadership afterwards.
+func (r *result) elections(all []sample) {
+	owed, since := map[string]int{}, time.Duration(0)
 	for i := 1; i < len(all); i++ {
-		n := 0
-		for g, term := range all[i].terms {
-			n += int(term - all[i-1].terms[g])
+		s, was := all[i], all[i-1]
+		stalled := s.stall >= stallMost || s.slow > was.slow
+		if stalled {
+			since = s.at
+		} else if s.at-since > returnTime {
+			clear(owed)
 		}
-		r.Elections += n
-		if all[i].stall < stallMost && all[i].slow == all[i-1].slow {
-			r.Unexplained += n
+		for g, term := range s.terms {
+			n := int(term - was.terms[g])
+			r.Elections += n
+			if stalled {
+				owed[g] += n
+				continue
+			}
+			back := min(n, owed[g])
+			owed[g] -= back
+			r.Unexplained += n - back
 		}
 	}
 }

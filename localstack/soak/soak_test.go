@@ -78,6 +78,25 @@ func TestJudge(t *testing.T) {
 				s.terms["meta"], s.slow = 3, 1
 			}
 		}), 0, 1, 0},
+		{"disk, and back", made(func(float64) float64 { return 0 }, func(i int, s *sample) {
+			if i >= 60 {
+				s.terms["meta"], s.slow = 3, 1
+			}
+			if i >= 62 {
+				s.terms["meta"] = 4
+			}
+			if i >= 64 {
+				s.terms["meta"] = 5
+			}
+		}), 0, 3, 1},
+		{"long after", made(func(float64) float64 { return 0 }, func(i int, s *sample) {
+			if i >= 60 {
+				s.terms["meta"], s.slow = 3, 1
+			}
+			if i >= 100 {
+				s.terms["meta"] = 4
+			}
+		}), 0, 2, 1},
 		{"processor", made(func(float64) float64 { return 0 }, func(i int, s *sample) {
 			if i >= 100 {
 				s.terms["meta"], s.stall = 3, time.Second
