@@ -188,6 +188,7 @@ func (r *result) judge(all []sample) {
 	}
 	warm := warmUp(all[len(all)-1].at)
 	i := slices.IndexFunc(all, func(s sample) bool { return s.at >= warm })
+	r.elections(all, i)
 	all = all[i:]
 	r.Samples, r.Judged = len(all), warm >= leastWarmUp
 	for key := range all[0].values {
@@ -204,14 +205,13 @@ func (r *result) judge(all []sample) {
 		}
 	}
 	slices.Sort(r.Grows)
-	r.elections(all)
 }
 
-// returnTime is how long after a stall a group may be handed back to who should lead it: raftmeta's balance waits at most so long.
-const returnTime = 10 * time.Minute
+// returnTime is how long after a stall a group may be handed back to who should lead it: raftmeta's balance waits for 40 seconds at most, and a sample is taken once a minute.
+const returnTime = 2 * time.Minute
 
-// elections counts those that nothing explains: neither a stall nor, once for each that one does explain, the return of the leadership afterwards.
-func (r *result) elections(all []sample) {
+// elections counts those behind sample first, and of them those that nothing explains: neither a stall nor, once for each that one does explain, the return of the leadership afterwards.
+func (r *result) elections(all []sample, first int) {
 	owed, since := map[string]int{}, time.Duration(0)
 	for i := 1; i < len(all); i++ {
 		s, was := all[i], all[i-1]
@@ -222,15 +222,18 @@ func (r *result) elections(all []sample) {
 			clear(owed)
 		}
 		for g, term := range s.terms {
-			n := int(term - was.terms[g])
-			r.Elections += n
+			n, explained := int(term-was.terms[g]), 0
 			if stalled {
 				owed[g] += n
-				continue
+				explained = n
+			} else {
+				explained = min(n, owed[g])
+				owed[g] -= explained
 			}
-			back := min(n, owed[g])
-			owed[g] -= back
-			r.Unexplained += n - back
+			if i > first {
+				r.Elections += n
+				r.Unexplained += n - explained
+			}
 		}
 	}
 }
