@@ -17,6 +17,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
 // Two topics: what is in one must stay, the other keeps so little that its start moves all the time.
@@ -83,16 +84,8 @@ func start(ctx context.Context, brokers []string, seed uint64) (*workload, error
 		return nil, err
 	}
 	defer cl.Close()
-	hour, few := "3600000", fmt.Sprint(expiringBytes)
-	for _, t := range []struct {
-		name       string
-		partitions int32
-		config     map[string]*string
-	}{{kept, keptPartitions, map[string]*string{"retention.ms": &hour}}, {expiring, partitions - keptPartitions, map[string]*string{"retention.bytes": &few}}} {
-		made, err := kadm.NewClient(cl).CreateTopic(ctx, t.partitions, 3, t.config, t.name)
-		if err := errors.Join(err, made.Err); err != nil {
-			return nil, err
-		}
+	if err := makeTopics(ctx, cl); err != nil {
+		return nil, err
 	}
 	ctx, w.end = context.WithCancel(ctx)
 	w.ctx = ctx
@@ -114,6 +107,32 @@ func start(ctx context.Context, brokers []string, seed uint64) (*workload, error
 	}
 	w.wg.Go(func() { w.lookUp(ctx, 400) })
 	return w, nil
+}
+
+// makeTopics asks for both at once.
+func makeTopics(ctx context.Context, cl *kgo.Client) error {
+	q := kmsg.NewPtrCreateTopicsRequest()
+	for _, t := range []struct {
+		name       string
+		partitions int32
+		key, value string
+	}{{kept, keptPartitions, "retention.ms", "3600000"}, {expiring, partitions - keptPartitions, "retention.bytes", fmt.Sprint(expiringBytes)}} {
+		topic, config := kmsg.NewCreateTopicsRequestTopic(), kmsg.NewCreateTopicsRequestTopicConfig()
+		topic.Topic, topic.NumPartitions, topic.ReplicationFactor = t.name, t.partitions, 3
+		config.Name, config.Value = t.key, &t.value
+		topic.Configs = append(topic.Configs, config)
+		q.Topics = append(q.Topics, topic)
+	}
+	resp, err := q.RequestWith(ctx, cl)
+	if err != nil {
+		return err
+	}
+	for _, t := range resp.Topics {
+		if err := kerr.ErrorForCode(t.ErrorCode); err != nil {
+			return fmt.Errorf("topic %s: %w", t.Topic, err)
+		}
+	}
+	return nil
 }
 
 // leader is the broker that leads partition 0.

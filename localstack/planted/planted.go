@@ -23,10 +23,11 @@ const (
 	LocalClock           = "local-clock"            // time in entries is this node's, trusted or not
 	LostOutboxEntry      = "lost-outbox-entry"      // a shard passes over the last of several effects of meta
 	PutUnchecked         = "put-unchecked"          // an object is committed though its PUT failed
+	StockHeartbeat       = "stock-heartbeat"        // raft handles heartbeats beside its main loop, and the log takes commands of another term
 	NoFsync              = "no-fsync"               // what is written to the log is not synced
 	DeleteFirst          = "delete-first"           // objects are deleted before it is committed that their records have expired
 )
 
 // All lists them.
 var All = []string{AckBeforeCommit, AckAfterOwnFsync, OffsetBeforeApply, DedupOff, GuessedOutOfRange,
-	LeaderStartSkipped, VerifyLeaderAsProof, EpochUnchecked, CommitUnchecked, CommitIndexUnclamped, OtherTermSent, GraceSkipped, CRCSkipped, SnapshotShownEarly, FreeOnHint, DeleteRangeByMax, LocalClock, LostOutboxEntry, PutUnchecked, NoFsync, DeleteFirst}
+	LeaderStartSkipped, VerifyLeaderAsProof, EpochUnchecked, CommitUnchecked, CommitIndexUnclamped, OtherTermSent, GraceSkipped, CRCSkipped, SnapshotShownEarly, FreeOnHint, DeleteRangeByMax, LocalClock, LostOutboxEntry, PutUnchecked, StockHeartbeat, NoFsync, DeleteFirst}

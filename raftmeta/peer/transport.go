@@ -140,7 +140,7 @@ func (t *Transport) EncodePeer(id raft.ServerID, _ raft.ServerAddress) []byte { 
 func (t *Transport) DecodePeer(b []byte) raft.ServerAddress { return raft.ServerAddress(b) }
 
 // SetHeartbeatHandler implements raft.Transport by doing nothing: the fast path can lose acknowledged writes (hashicorp/raft #695).
-func (t *Transport) SetHeartbeatHandler(func(raft.RPC)) {}
+func (t *Transport) SetHeartbeatHandler(f func(raft.RPC)) { t.keepHandler(f) }
 
 // ElectNow makes this instance stand for election at once. Elections are always safe; this only chooses their moment.
 func (t *Transport) ElectNow() {
@@ -415,7 +415,10 @@ func (t *Transport) handleAppend(x *inbound, m *message) ([]byte, error) {
 	beat := isBeat(a) // before it may be lifted
 	t.lift(a)
 	back := t.g.Log.Lend(a.Entries)
-	resp, err := t.hand(x, a, nil)
+	resp, done, err := t.handBeat(a)
+	if !done {
+		resp, err = t.hand(x, a, nil)
+	}
 	back()
 	if m.idle = err == nil; err != nil { // raft may be at it still
 		return nil, err
