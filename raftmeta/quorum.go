@@ -435,9 +435,13 @@ func (g *group) transportGroup() peer.Group {
 		Rank:      func() int { return max(0, slices.Index(g.leaders(), g.host.cfg.NodeID)) },
 		Installed: func(index, term uint64) uint64 { return g.snaps.InstallableAt(index, term) },
 		Install: func(index, term, installed uint64, hand func() error) (bool, error) {
+			r := g.live.Load()
+			if r == nil { // its goroutines run before it is here
+				return false, errors.New("the group is being opened")
+			}
 			g.snapMu.Lock()
 			defer g.snapMu.Unlock()
-			g.snaps.ExpectInstall(index, term, installed, func() uint64 { return g.live.Load().AppliedIndex() })
+			g.snaps.ExpectInstall(index, term, installed, r.AppliedIndex)
 			err := hand()
 			return g.snaps.InstallRefused(), err
 		}}

@@ -497,3 +497,14 @@ func TestCurrent(t *testing.T) {
 		t.Errorf("without a majority: %v", err)
 	}
 }
+
+// A snapshot that comes while raft is being opened is refused, and sent again: raft's goroutines run before anybody else has it.
+func TestInstallWhileOpening(t *testing.T) {
+	_, err := (&group{host: &Host{}}).transportGroup().Install(5, 1, 5, func() error {
+		t.Error("raft was handed a snapshot")
+		return nil
+	})
+	if err == nil {
+		t.Error("it was taken")
+	}
+}

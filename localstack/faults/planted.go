@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -48,11 +47,11 @@ func plant(ctx context.Context, c config, names string, out io.Writer) error {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	overlay, err := widened(ctx, c.module, dir)
+	modfile, err := widened(ctx, c.module, dir)
 	if err != nil {
 		return err
 	}
-	if c.program, err = localstack.Build(ctx, c.module, dir, "-tags=planted", "-overlay="+overlay); err != nil {
+	if c.program, err = localstack.Build(ctx, c.module, dir, "-tags=planted", "-modfile="+modfile); err != nil {
 		return err
 	}
 	c.keep, c.clocks, c.foreign = dir, true, false
@@ -74,16 +73,21 @@ func plant(ctx context.Context, c config, names string, out io.Writer) error {
 	return errors.Join(missed...)
 }
 
-// widened is an overlay for the build in which raft waits for a moment where its leader has looked at its state and not yet at its term. That is where a heartbeat on another goroutine
+// widened makes a go.mod for a build in which raft waits for a moment where its leader has looked at its state and not yet at its term. That is where a heartbeat on another goroutine
 // does harm (hashicorp/raft #695): without it, once in 800 pauses of a process.
-func widened(ctx context.Context, module, dir string) (overlay string, err error) {
-	cmd := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", "github.com/hashicorp/raft")
+func widened(ctx context.Context, module, dir string) (modfile string, err error) {
+	const path = "github.com/hashicorp/raft"
+	cmd := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", path)
 	cmd.Dir = module
 	at, err := cmd.Output()
 	if err != nil {
 		return "", fmt.Errorf("where raft's source is: %w", err)
 	}
-	name := filepath.Join(strings.TrimSpace(string(at)), "raft.go")
+	copied := filepath.Join(dir, "raft")
+	if err := os.CopyFS(copied, os.DirFS(strings.TrimSpace(string(at)))); err != nil {
+		return "", err
+	}
+	name := filepath.Join(copied, "raft.go")
 	b, err := os.ReadFile(name)
 	if err != nil {
 		return "", err
@@ -95,13 +99,17 @@ func widened(ctx context.Context, module, dir string) (overlay string, err error
 	}
 	src = strings.Replace(src, imports, imports+"\t\"os\"\n", 1)
 	src = strings.Replace(src, window, "\tif os.Getenv(\"ESTRAN_TEST_PLANTED\") == \""+planted.StockHeartbeat+"\" {\n\t\ttime.Sleep(30 * time.Millisecond)\n\t}\n"+window, 1)
-	replaced := filepath.Join(dir, "raft.go")
-	list, err := json.Marshal(map[string]map[string]string{"Replace": {name: replaced}})
+	mod, err := os.ReadFile(filepath.Join(module, "go.mod"))
 	if err != nil {
 		return "", err
 	}
-	overlay = filepath.Join(dir, "overlay.json")
-	return overlay, errors.Join(os.WriteFile(replaced, []byte(src), 0o600), os.WriteFile(overlay, list, 0o600))
+	sum, err := os.ReadFile(filepath.Join(module, "go.sum"))
+	if err != nil {
+		return "", err
+	}
+	modfile = filepath.Join(dir, "go.mod")
+	return modfile, errors.Join(os.Chmod(name, 0o600), os.WriteFile(name, []byte(src), 0o600), os.WriteFile(filepath.Join(dir, "go.sum"), sum, 0o600),
+		os.WriteFile(modfile, append(mod, "\nreplace "+path+" => "+copied+"\n"...), 0o600))
 }
 
 func chooseMistakes(names string) ([]string, error) {
