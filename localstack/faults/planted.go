@@ -98,7 +98,7 @@ func widened(ctx context.Context, module, dir string) (modfile string, err error
 		return "", fmt.Errorf("%s: this raft has no such place", name)
 	}
 	src = strings.Replace(src, imports, imports+"\t\"os\"\n", 1)
-	src = strings.Replace(src, window, "\tif os.Getenv(\"ESTRAN_TEST_PLANTED\") == \""+planted.StockHeartbeat+"\" {\n\t\ttime.Sleep(30 * time.Millisecond)\n\t}\n"+window, 1)
+	src = strings.Replace(src, window, "\tif os.Getenv(\"ESTRAN_TEST_PLANTED\") == \""+planted.StockHeartbeat+"\" {\n\t\tfor range 30 { // a longer one would be over when a stopped process goes on\n\t\t\ttime.Sleep(time.Millisecond)\n\t\t}\n\t}\n"+window, 1)
 	mod, err := os.ReadFile(filepath.Join(module, "go.mod"))
 	if err != nil {
 		return "", err
