@@ -188,7 +188,7 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 	}
 	load, err := start(ctx, brokers, rng.Uint64())
 	if err != nil {
-		return err
+		return r.stuck(ctx, err)
 	}
 	id := int32(foreignIDs)
 	for _, name := range slices.Sorted(maps.Keys(c.clients)) {
@@ -231,11 +231,17 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 	}
 	r.report(load.bad, out)
 	failed = errors.Join(failed, r.judgeMetadata(c, load.asked))
-	if errors.Is(failed, errStuck) {
+	failed = r.stuck(ctx, failed)
+	return errors.Join(failed, r.judge(c, ops, failed == nil, out))
+}
+
+// stuck counts an error that says that the cluster has not come back, unless the run is being ended.
+func (r *result) stuck(ctx context.Context, err error) error {
+	if errors.Is(err, errStuck) && ctx.Err() == nil {
 		r.Found["stuck"]++
 		r.Anomalies++
 	}
-	return errors.Join(failed, r.judge(c, ops, failed == nil, out))
+	return err
 }
 
 // needs is how many voters one of these faults wants, if it is the only one.

@@ -65,6 +65,9 @@ func frozen(w *world) (*fault, error) {
 	}}, nil
 }
 
+// endsWithin is how long a voter may take to end once a call of its log has failed.
+const endsWithin = 3 * time.Second
+
 // inject makes system calls of a voter's log fail or wait. It is started again if it ends of that.
 func inject(call, expr string, ends bool) func(*world) (*fault, error) {
 	return func(w *world) (*fault, error) {
@@ -93,6 +96,9 @@ func inject(call, expr string, ends bool) func(*world) (*fault, error) {
 		return &fault{fmt.Sprintf("%s of%s: %s", call, name, expr), hit, func(ctx context.Context) error {
 			i.End()
 			forget()
+			for end := time.Now().Add(endsWithin); ends && n.Alive() && time.Now().Before(end); {
+				sleep(ctx, 10*time.Millisecond) // the last call that failed may be on its way
+			}
 			if n.Alive() {
 				return nil
 			}

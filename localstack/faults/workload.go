@@ -84,8 +84,10 @@ func start(ctx context.Context, brokers []string, seed uint64) (*workload, error
 		return nil, err
 	}
 	defer cl.Close()
-	if err := makeTopics(ctx, cl); err != nil {
-		return nil, err
+	limit, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	if err := makeTopics(limit, cl); err != nil {
+		return nil, fmt.Errorf("%w: making topics: %w", errStuck, err)
 	}
 	ctx, w.end = context.WithCancel(ctx)
 	w.ctx = ctx
