@@ -342,6 +342,11 @@ func (h *Host) Rehome(ctx context.Context, s record.ShardID, tp record.TopicPart
 		slot.Handle, slot.Pos = handle, uint32(at)
 		slots, bases = append(slots, slot), append(bases, v.BaseOffset())
 	}
+	return g.rehome(ctx, slots, bases, payload)
+}
+
+// rehome appends batches again, with their offsets, and returns when that has been applied.
+func (g *group) rehome(ctx context.Context, slots []state.Slot, bases []record.Offset, payload []byte) error {
 	ch := make(chan error, 1)
 	g.batcher.rehome(slots, bases, payload, func(err error) { ch <- err })
 	select {

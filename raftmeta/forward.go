@@ -73,21 +73,26 @@ func (h *Host) proposeAll(ctx context.Context, g *group, cs []state.Command) []d
 		if len(left) == 0 {
 			return out
 		}
-		t := time.NewTimer(forwardRetry)
-		select {
-		case <-t.C:
-			continue
-		case <-ctx.Done():
+		if why := h.pause(ctx); why != nil {
 			for _, i := range left {
-				out[i].err = fmt.Errorf("%w: %w", ErrTimeout, out[i].err)
+				out[i].err = fmt.Errorf("%w: %w", why, out[i].err)
 			}
-		case <-h.stop:
-			for _, i := range left {
-				out[i].err = ErrStopped
-			}
+			return out
 		}
-		t.Stop()
-		return out
+	}
+}
+
+// pause waits before the leader of a group is looked for again; an error says why it must not be.
+func (h *Host) pause(ctx context.Context) error {
+	t := time.NewTimer(forwardRetry)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ErrTimeout
+	case <-h.stop:
+		return ErrStopped
 	}
 }
 
@@ -166,17 +171,9 @@ func (h *Host) Current(ctx context.Context) error {
 		if !errors.Is(err, ErrNotLeader) {
 			return err
 		}
-		t := time.NewTimer(forwardRetry)
-		select {
-		case <-t.C:
-			continue
-		case <-ctx.Done():
-			err = fmt.Errorf("%w: %w", ErrTimeout, err)
-		case <-h.stop:
-			err = ErrStopped
+		if why := h.pause(ctx); why != nil {
+			return fmt.Errorf("%w: %w", why, err)
 		}
-		t.Stop()
-		return err
 	}
 }
 

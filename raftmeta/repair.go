@@ -60,14 +60,7 @@ func (h *Host) Repair(ctx context.Context, s record.ShardID, tp record.TopicPart
 		payload, slots, bases = append(payload, b...), append(slots, slot), append(bases, base)
 		base += slot.Offsets()
 	}
-	ch := make(chan error, 1)
-	g.batcher.rehome(slots, bases, payload, func(err error) { ch <- err })
-	select {
-	case err = <-ch:
-	case <-ctx.Done():
-		err = ctx.Err()
-	}
-	if err == nil {
+	if err = g.rehome(ctx, slots, bases, payload); err == nil {
 		g.log_.Warn("a damaged hot entry was repaired from another voter", "event", "hot.repaired", "partition", tp, "offset", ref.Base, "entry", ref.Index, "where", e.Where())
 	}
 	return err

@@ -700,7 +700,9 @@ func writeSnapshot(t *testing.T, st raft.SnapshotStore, index, term uint64, stat
 	return k.Close()
 }
 
-func TestSnapshots(t *testing.T) {
+// twoHundred is a log of so many entries, and its snapshots, of which there are none.
+func twoHundred(t *testing.T) (*memFS, *Log, *Snapshots) {
+	t.Helper()
 	fs := newMemFS()
 	l := open(t, fs, nil)
 	for i := uint64(1); i <= 200; i++ {
@@ -710,6 +712,11 @@ func TestSnapshots(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return fs, l, s
+}
+
+func TestSnapshots(t *testing.T) {
+	fs, l, s := twoHundred(t)
 	st := s.Store()
 	if list, _ := st.List(); len(list) != 0 {
 		t.Fatal("not empty")
@@ -793,15 +800,7 @@ func TestSnapshots(t *testing.T) {
 
 // A damaged snapshot is dropped while another reaches down to where the log begins: it would become installable later, and the log be freed on its word.
 func TestDamagedSnapshotIsDropped(t *testing.T) {
-	fs := newMemFS()
-	l := open(t, fs, nil)
-	for i := uint64(1); i <= 200; i++ {
-		store(t, l, command(i, 1, 5, 20_000))
-	}
-	s, err := OpenSnapshots(l)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fs, l, s := twoHundred(t)
 	for _, idx := range []uint64{50, 150} {
 		if err := writeSnapshot(t, s.Store(), idx, 1, "state"); err != nil {
 			t.Fatal(err)
@@ -817,7 +816,8 @@ func TestDamagedSnapshotIsDropped(t *testing.T) {
 	l.Close()
 	fs.files[newest].data[len(fs.files[newest].data)-20] ^= 1 // the state's last byte lies before 16 bytes of trailer
 	l = open(t, fs, nil)
-	if s, err = OpenSnapshots(l); err != nil {
+	s, err := OpenSnapshots(l)
+	if err != nil {
 		t.Fatal(err)
 	}
 	if list := mustList(t, s); len(list) != 1 || list[0].Index != 50 {
