@@ -151,6 +151,7 @@ func TestFollowersRefuse(t *testing.T) {
 	c.start(0, 1, 2)
 	w, shard := newCounter(c, "t")
 	w.write(3)
+	c.agree(w.tp, w.want) // a follower that has not heard of the partition says that instead
 	lead := c.leads(shard)
 	for i, h := range c.hosts {
 		if i == lead {
