@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -73,7 +74,7 @@ func Recover(ctx context.Context, r Recovery) (out []Recovered, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, meta.close()) }()
-	m, err := meta.replayMeta()
+	m, err := meta.replayMeta(math.MaxUint64)
 	if err != nil {
 		return nil, err
 	}
@@ -94,7 +95,7 @@ func Recover(ctx context.Context, r Recovery) (out []Recovered, err error) {
 			return nil, err
 		}
 		defer func() { err = errors.Join(err, shards[i].close()) }()
-		s, err := shards[i].replayShard()
+		s, err := shards[i].replayShard(math.MaxUint64)
 		if err != nil {
 			return nil, err
 		}
@@ -203,8 +204,8 @@ func (s *survivor) close() error {
 	return errors.Join(errs...)
 }
 
-// replay gives the newest snapshot, if there is one, and then every command behind it.
-func (s *survivor) replay(restore func(io.Reader) error, apply func(*raft.Log)) error {
+// replay gives the newest snapshot, if there is one, and then every command behind it, up to index upTo.
+func (s *survivor) replay(upTo uint64, restore func(io.Reader) error, apply func(*raft.Log)) error {
 	from, err := s.log.FirstIndex()
 	if err != nil {
 		return err
@@ -228,7 +229,7 @@ func (s *survivor) replay(restore func(io.Reader) error, apply func(*raft.Log)) 
 		return err
 	}
 	var e raft.Log
-	for i := from; i <= last; i++ {
+	for i := from; i <= min(last, upTo); i++ {
 		if err := s.log.GetLog(i, &e); err != nil {
 			return err
 		}
@@ -239,16 +240,16 @@ func (s *survivor) replay(restore func(io.Reader) error, apply func(*raft.Log)) 
 	return nil
 }
 
-func (s *survivor) replayMeta() (m *state.Meta, err error) {
+func (s *survivor) replayMeta(upTo uint64) (m *state.Meta, err error) {
 	m = state.NewMeta()
-	err = s.replay(func(r io.Reader) (err error) { m, err = state.RestoreMeta(r); return err },
+	err = s.replay(upTo, func(r io.Reader) (err error) { m, err = state.RestoreMeta(r); return err },
 		func(e *raft.Log) { m.Apply(state.RaftIndex(e.Index), state.Term(e.Term), e.Data) })
 	return m, err
 }
 
-func (s *survivor) replayShard() (m *state.Shard, err error) {
+func (s *survivor) replayShard(upTo uint64) (m *state.Shard, err error) {
 	m = state.NewShard(s.id)
-	err = s.replay(func(r io.Reader) (err error) { m, err = state.RestoreShard(r); return err },
+	err = s.replay(upTo, func(r io.Reader) (err error) { m, err = state.RestoreShard(r); return err },
 		func(e *raft.Log) { m.Apply(state.RaftIndex(e.Index), state.Term(e.Term), e.Data) })
 	return m, err
 }
