@@ -70,6 +70,7 @@ var errorTable = []struct {
 	err  error
 	code int16
 }{
+	{raftmeta.ErrTimeout, codeRequestTimedOut}, // whatever was waited for
 	{raftmeta.ErrUnknownPartition, codeUnknownTopicOrPartition},
 	{raftmeta.ErrUnknownTopic, codeUnknownTopicOrPartition},
 	{raftmeta.ErrNotLeader, codeNotLeaderOrFollower},
@@ -82,7 +83,6 @@ var errorTable = []struct {
 	{raftmeta.ErrOffsetOutOfRange, codeOffsetOutOfRange},
 	{raftmeta.ErrTooLarge, codeMessageTooLarge},
 	{raftmeta.ErrInvalid, codeInvalidRequest},
-	{raftmeta.ErrTimeout, codeRequestTimedOut},
 	{raftmeta.ErrUnknownOutcome, codeRequestTimedOut},
 	{tiering.ErrUnknownPartition, codeUnknownTopicOrPartition},
 	{tiering.ErrOutOfRange, codeOffsetOutOfRange},
