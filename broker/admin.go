@@ -56,6 +56,14 @@ func (r *request) topicNamed(ctx context.Context, name string) (*state.Topic, er
 	return t, err
 }
 
+// topicToChange is topicNamed, never behind: a topic that was deleted elsewhere, and made again, has another ID than what this node still has under its name.
+func (r *request) topicToChange(ctx context.Context, name string) (*state.Topic, error) {
+	if err := r.current(ctx); err != nil {
+		return nil, err
+	}
+	return r.topicNamed(ctx, name)
+}
+
 // checkTopic reports why a topic cannot be created, with Kafka's code; it fills in defaults. current is asked before it says that the topic exists.
 func (s *Server) checkTopic(ctx context.Context, t *raftmeta.TopicSpec, current func(context.Context) error) error {
 	if err := checkTopicName(t.Name); err != nil {
@@ -304,7 +312,7 @@ func handleDeleteTopics(r *request) error {
 		var err error
 		named := m.name != "" || r.version < 6
 		if named {
-			m.t, err = r.findTopic(ctx, func(c *state.Cluster) (*state.Topic, bool) { return c.Topic(m.name) })
+			m.t, err = r.topicToChange(ctx, m.name)
 		} else {
 			m.t, err = r.findTopic(ctx, func(c *state.Cluster) (*state.Topic, bool) { return c.TopicByID(m.id) })
 		}
@@ -447,7 +455,7 @@ func handleCreatePartitions(r *request) error {
 	w.i32(0)
 	w.array(len(topics))
 	for _, t := range topics {
-		old, err := r.topicNamed(ctx, t.name)
+		old, err := r.topicToChange(ctx, t.name)
 		switch {
 		case t.twice:
 			t.err = codedError{codeInvalidRequest, fmt.Sprintf("topic %q is named more than once", t.name)}

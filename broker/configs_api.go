@@ -266,7 +266,7 @@ func handleIncrementalAlterConfigs(r *request) error {
 func (r *request) alterTopic(name string, ops []alteration, validate bool) error {
 	ctx, cancel := r.timeout(adminTimeout)
 	defer cancel()
-	t, err := r.topicNamed(ctx, name)
+	t, err := r.topicToChange(ctx, name)
 	if err != nil {
 		return err
 	}

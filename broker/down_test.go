@@ -1,11 +1,15 @@
 package broker
 
 import (
+	"context"
 	"net"
 	"slices"
+	"sync/atomic"
 	"testing"
 
 	"github.com/estran/estran/raftmeta"
+	"github.com/estran/estran/raftmeta/state"
+	"github.com/estran/estran/tiering/record"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
@@ -58,4 +62,87 @@ func btoi(b bool) int {
 		return 1
 	}
 	return 0
+}
+
+// behind is a node that has seen what `seen` shows, until it catches up.
+type behind struct {
+	*raftmeta.Host
+	seen   *state.Cluster
+	caught *atomic.Bool
+}
+
+func (b behind) Cluster() *state.Cluster {
+	if b.caught.Load() {
+		return b.Host.Cluster()
+	}
+	return b.seen
+}
+
+func (b behind) Current(ctx context.Context) error {
+	b.caught.Store(true)
+	return b.Host.Current(ctx)
+}
+
+// A topic is deleted and made again elsewhere while a node is cut off: what is asked of that node by the topic's name is done to the new one (metadata-order, seed 3200).
+func TestTopicMadeAgainElsewhere(t *testing.T) {
+	w := start(t, nil)
+	name := "t"
+	create := func() {
+		t.Helper()
+		if err := w.CreateTopics(t.Context(), []raftmeta.TopicSpec{{Name: name, Partitions: 1, ReplicationFactor: 1}})[0].Err; err != nil {
+			t.Fatal(err)
+		}
+	}
+	grow := kmsg.NewPtrCreatePartitionsRequest()
+	more := kmsg.NewCreatePartitionsRequestTopic()
+	more.Topic, more.Count = name, 2
+	grow.Topics = append(grow.Topics, more)
+	alter := kmsg.NewPtrIncrementalAlterConfigsRequest()
+	resource, config := kmsg.NewIncrementalAlterConfigsRequestResource(), kmsg.NewIncrementalAlterConfigsRequestResourceConfig()
+	resource.ResourceType, resource.ResourceName = kmsg.ConfigResourceTypeTopic, name
+	config.Name, config.Value = "retention.ms", kmsg.StringPtr("1000")
+	resource.Configs = append(resource.Configs, config)
+	alter.Resources = append(alter.Resources, resource)
+	remove := kmsg.NewPtrDeleteTopicsRequest()
+	remove.TopicNames = []string{name}
+	for _, x := range []struct {
+		request kmsg.Request
+		version int16
+		code    func(kmsg.Response) int16
+	}{
+		{grow, 3, func(r kmsg.Response) int16 { return r.(*kmsg.CreatePartitionsResponse).Topics[0].ErrorCode }},
+		{alter, 1, func(r kmsg.Response) int16 {
+			return r.(*kmsg.IncrementalAlterConfigsResponse).Resources[0].ErrorCode
+		}},
+		{remove, 3, func(r kmsg.Response) int16 { return r.(*kmsg.DeleteTopicsResponse).Topics[0].ErrorCode }},
+	} {
+		create()
+		seen := w.Cluster()
+		first, _ := seen.Topic(name)
+		if err := w.DeleteTopics(t.Context(), []record.TopicID{first.ID})[0]; err != nil {
+			t.Fatal(err)
+		}
+		create()
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg := DefaultConfig()
+		cfg.Registerer = prometheus.NewRegistry()
+		s := NewServer(cfg, behind{w.Host, seen, new(atomic.Bool)}, hotReader{w.Host})
+		served := make(chan error, 1)
+		go func() { served <- s.Serve(l) }()
+		t.Cleanup(func() { _ = s.Close(); <-served })
+		c := (&whole{addr: l.Addr().String()}).dial(t)
+		if code := x.code(c.ask(x.request, x.version)); code != codeNone {
+			t.Errorf("%T: code %d", x.request, code)
+		}
+		if now, ok := w.Cluster().Topic(name); ok {
+			if err := w.DeleteTopics(t.Context(), []record.TopicID{now.ID})[0]; err != nil {
+				t.Fatal(err)
+			}
+		} else if x.request != kmsg.Request(remove) {
+			t.Errorf("%T: the topic is gone", x.request)
+		}
+	}
 }
