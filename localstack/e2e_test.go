@@ -1,7 +1,6 @@
 package localstack
 
 import (
-	"bufio"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -87,30 +86,11 @@ func createTopic(t *testing.T, n *Node, name string, partitions int32) {
 }
 
 // metric sums a metric's samples whose line contains every one of the parts.
-func metric(t *testing.T, n *Node, parts ...string) (sum float64) {
+func metric(t *testing.T, n *Node, parts ...string) float64 {
 	t.Helper()
-	resp, err := http.Get("http://" + n.HTTP + "/metrics")
+	sum, err := n.Metric(t.Context(), parts...)
 	if err != nil {
 		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	sc := bufio.NewScanner(resp.Body)
-next:
-	for sc.Scan() {
-		line := sc.Text()
-		if !strings.HasPrefix(line, parts[0]) {
-			continue
-		}
-		for _, p := range parts[1:] {
-			if !strings.Contains(line, p) {
-				continue next
-			}
-		}
-		v, err := strconv.ParseFloat(line[strings.LastIndexByte(line, ' ')+1:], 64)
-		if err != nil {
-			t.Fatal(err)
-		}
-		sum += v
 	}
 	return sum
 }

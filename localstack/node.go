@@ -12,6 +12,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -154,6 +157,32 @@ func (n *Node) Dir() string { return n.dir }
 func (n *Node) Command(ctx context.Context, args ...string) (string, error) {
 	out, err := exec.CommandContext(ctx, n.program, append(append([]string{"cluster"}, args...), "--http", n.HTTP)...).CombinedOutput()
 	return string(out), err
+}
+
+// Metric is the sum of the samples that a node's metrics have whose lines begin with the first of parts and contain the others.
+func (n *Node) Metric(ctx context.Context, parts ...string) (sum float64, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+n.HTTP+"/metrics", nil)
+	if err != nil {
+		return 0, fmt.Errorf("localstack: %w", err)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, fmt.Errorf("localstack: %w", err)
+	}
+	defer resp.Body.Close()
+	sc := bufio.NewScanner(resp.Body)
+	for sc.Scan() {
+		line := sc.Text()
+		if !strings.HasPrefix(line, parts[0]) || slices.ContainsFunc(parts[1:], func(p string) bool { return !strings.Contains(line, p) }) {
+			continue
+		}
+		v, err := strconv.ParseFloat(line[strings.LastIndexByte(line, ' ')+1:], 64)
+		if err != nil {
+			return 0, fmt.Errorf("localstack: %s: %w", line, err)
+		}
+		sum += v
+	}
+	return sum, sc.Err()
 }
 
 // Done is closed when the process that the last Start started has ended.

@@ -39,7 +39,8 @@ var allowed = map[string][]string{
 	"broker":             {"localstack/planted", "broker/group", "raftmeta/state", "raftmeta", "tiering", "tiering/record", "tiering/segment"},
 	"localstack":         {"objstore", "objstore/fs", "objstore/mem", "tiering/record"},
 	"localstack/check":   {},
-	"localstack/faults":  {"localstack/planted", "localstack", "localstack/check", "broker", "tiering/segment"},
+	"localstack/logs":    {"raftmeta/raftlog"},
+	"localstack/faults":  {"localstack/planted", "localstack", "localstack/check", "localstack/logs", "broker", "tiering/segment"},
 	"localstack/soak":    {"localstack"},
 	"bench":              {"localstack", "tiering/record"},
 	"cmd/estran":         {"*"},
@@ -55,7 +56,7 @@ var testsMay = map[string][]string{
 	"objstore/open":    {"objstore/objtest", "localstack"},
 	"raftmeta/raftlog": {"localstack"},
 	"raftmeta/peer":    {"raftmeta/raftlog", "localstack"},
-	"localstack":       {"objstore/s3", "objstore/minio", "objstore/open", "objstore/objtest", "raftmeta/raftlog"},
+	"localstack":       {"objstore/s3", "objstore/minio", "objstore/open", "objstore/objtest", "localstack/logs"},
 	"tiering":          {"objstore/mem", "objstore/fs"},
 	"raftmeta":         {"objstore/mem", "localstack"},
 	"raftmeta/sim":     {"objstore", "objstore/mem", "raftmeta", "raftmeta/raftlog", "raftmeta/state", "tiering", "tiering/record", "localstack/check", "broker"},
@@ -63,7 +64,7 @@ var testsMay = map[string][]string{
 
 // owners says which packages alone may import an outside module (a path or anything below it); the longest path wins.
 var owners = map[string][]string{
-	"github.com/hashicorp/raft":           {"raftmeta", "raftmeta/raftlog", "raftmeta/peer"},
+	"github.com/hashicorp/raft":           {"raftmeta", "raftmeta/raftlog", "raftmeta/peer", "localstack/logs"},
 	"github.com/hashicorp/raft-wal":       {},
 	"github.com/aws":                      {"objstore/s3"},
 	"github.com/minio/minio-go":           {"objstore/minio"},
