@@ -76,6 +76,7 @@ func Check(ops []Op, opt Options) *Report {
 	c.realtime()
 	c.groups()
 	c.lookups()
+	c.leaders()
 	c.transactions()
 	return &c.Report
 }

@@ -71,6 +71,8 @@ func TestRules(t *testing.T) {
 		{"commit-beyond-end", Options{}, []Op{of(Commit, 2, 30, r(0, 4, 0))}, []Op{of(Commit, 2, 30, r(0, 3, 0))}},
 		{"commit-falls", Options{}, []Op{of(Commit, 2, 30, r(0, 3, 0)), of(Committed, 3, 40, r(0, 2, 0))}, []Op{of(Commit, 2, 30, r(0, 3, 0)), of(Committed, 3, 30, r(0, 2, 0))}},
 		{"generation-falls", Options{}, []Op{generation(3, of(Subscribe, 2, 30)), generation(2, of(Subscribe, 3, 40))}, []Op{generation(2, of(Subscribe, 2, 30)), generation(3, of(Subscribe, 3, 40))}},
+		{"epoch-falls", Options{}, []Op{generation(3, of(Served, 2, 30, r(0, 3, 0))), generation(2, of(Served, 3, 40, r(0, 3, 0)))}, []Op{generation(3, of(Served, 2, 30, r(0, 3, 0))), generation(2, of(Served, 3, 31, r(0, 3, 0))), generation(2, of(Served, 3, 40, r(1, 3, 0))), generation(-1, of(Served, 3, 50, r(0, 3, 0)))}},
+		{"out-of-range", Options{}, []Op{of(OutOfRange, 2, 30, r(0, 3, 0))}, []Op{of(OutOfRange, 2, 30, r(0, 4, 0)), of(OutOfRange, 2, 25, r(0, 3, 0))}},
 		{"list-offsets", Options{}, []Op{of(Lookup, 2, 30, r(0, 2, 1000)), of(Lookup, 2, 40, r(0, 1, 1000))}, []Op{of(Lookup, 2, 30, r(0, 1, 1000)), of(Lookup, 2, 40, r(0, 2, 2000))}},
 	} {
 		for _, h := range []struct {

@@ -22,6 +22,10 @@ const (
 	Committed
 	// Lookup asked for the first offset at a timestamp: Value is the timestamp.
 	Lookup
+	// Served is a fetch that voter Group answered for a client that knows Generation as the leader epoch of the keys of Records.
+	Served
+	// OutOfRange is a fetch at the offsets of Records that voter Group refused because of them.
+	OutOfRange
 )
 
 // Outcome is what the client knows of an operation.

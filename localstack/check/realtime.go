@@ -54,7 +54,7 @@ func (c *checker) groups() {
 	offsets, generations := map[groupKey][]span{}, map[int32][]span{}
 	for i := range c.ops {
 		o := &c.ops[i]
-		if o.Outcome != OK {
+		if o.Outcome != OK || o.Kind == Served || o.Kind == OutOfRange {
 			continue
 		}
 		if o.Generation > 0 {
