@@ -173,7 +173,7 @@ func (w *workload) acknowledged(process int32, s sent, offset int64) {
 	if offset < 0 {
 		o.Outcome = check.Info
 	} else {
-		w.acked[s.key].Add(1)
+		w.acknowledge(s.key, offset)
 		w.others.Add(1)
 	}
 	w.record(o)

@@ -43,6 +43,7 @@ type workload struct {
 	begun   time.Time
 	value   atomic.Uint64
 	acked   [partitions]atomic.Int64
+	next    [partitions]atomic.Int64 // the offset behind the last that was acknowledged
 	unacked atomic.Int64
 	others  atomic.Int64 // acknowledged to other clients than franz-go
 	mu      sync.Mutex
@@ -108,6 +109,10 @@ func start(ctx context.Context, brokers []string, seed uint64) (*workload, error
 		w.wg.Go(func() { w.administer(ctx, i, rand.New(rand.NewPCG(seed, uint64(i)))) })
 	}
 	w.wg.Go(func() { w.lookUp(ctx, 400) })
+	for i := range int32(len(brokers)) {
+		w.wg.Go(func() { w.ask(ctx, 600+i, i+1, prompt, rand.New(rand.NewPCG(seed, 400+uint64(i)))) })
+		w.wg.Go(func() { w.ask(ctx, 650+i, i+1, late, rand.New(rand.NewPCG(seed, 450+uint64(i)))) })
+	}
 	return w, nil
 }
 
@@ -229,7 +234,7 @@ func (w *workload) produce(ctx context.Context, cl *kgo.Client, process int32) {
 			if err != nil {
 				o.Outcome, o.Records[0].Offset = check.Info, -1
 			} else {
-				w.acked[key].Add(1)
+				w.acknowledge(key, r.Offset)
 			}
 			w.record(o)
 		})
@@ -237,6 +242,16 @@ func (w *workload) produce(ctx context.Context, cl *kgo.Client, process int32) {
 	flush, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	_ = cl.Flush(flush) // what is left is unknown
+}
+
+// acknowledge counts a record that was acknowledged at an offset.
+func (w *workload) acknowledge(key int32, offset int64) {
+	w.acked[key].Add(1)
+	for next := &w.next[key]; ; {
+		if was := next.Load(); was > offset || next.CompareAndSwap(was, offset+1) {
+			return
+		}
+	}
 }
 
 // polled notes an answer; a record is read where Kafka's client gives it out.
@@ -430,13 +445,20 @@ func (w *workload) finish(ctx context.Context) ([]check.Op, error) {
 		}
 		return true
 	}
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	nothing := time.AfterFunc(patience, stop)
+	defer nothing.Stop()
 	for !done() {
 		began := w.now()
 		fs := cl.PollFetches(ctx)
 		if ctx.Err() != nil {
-			return w.ops, fmt.Errorf("reading everything after all faults: %w, at %v", ctx.Err(), next)
+			return w.ops, fmt.Errorf("reading everything after all faults, nothing more in %v: %w, at %v", patience, ctx.Err(), next)
 		}
 		w.polled(300, began, fs)
+		if fs.NumRecords() > 0 {
+			nothing.Reset(patience)
+		}
 		fs.EachRecord(func(r *kgo.Record) { next[keyOf(r.Topic, r.Partition)] = r.Offset + 1 })
 	}
 	return w.ops, nil
