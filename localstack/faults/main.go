@@ -164,7 +164,8 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 		voters = 5
 	}
 	kinds = slices.DeleteFunc(slices.Clone(kinds), func(n nemesis) bool { return n.voters > voters })
-	cluster := localstack.NewCluster(program, dir, voters, append(append(store.Env(), c.env...), "ESTRAN_TIERING_SEAL_BYTES=1MiB", "ESTRAN_TIERING_SEAL_AGE=300ms", "ESTRAN_TIERING_LOCAL_RETENTION_BYTES=0",
+	hot := []string{"64MiB", "64MiB", "1GiB"}[rng.IntN(3)] // with little of it there are snapshots, and logs are freed
+	cluster := localstack.NewCluster(program, dir, voters, append(append(store.Env(), c.env...), "ESTRAN_HOT_MAX_BYTES="+hot, "ESTRAN_TIERING_SEAL_BYTES=1MiB", "ESTRAN_TIERING_SEAL_AGE=300ms", "ESTRAN_TIERING_LOCAL_RETENTION_BYTES=0",
 		"ESTRAN_TIERING_CACHE_BYTES=8MiB", // what is read again is read from the store again
 		fmt.Sprint("ESTRAN_TIERING_PREPARE_TTL=", 2*deleteGrace), fmt.Sprint("ESTRAN_TIERING_DELETE_GRACE=", deleteGrace), "KAFKA_LOG_RETENTION_CHECK_INTERVAL_MS=1000",
 		"KAFKA_LOG_MESSAGE_TIMESTAMP_AFTER_MAX_MS=9223372036854775807", // wrong clocks would refuse records with right ones
@@ -228,6 +229,14 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 		found, err := load.scrub(limit, store)
 		r.report(found, out)
 		failed = err
+	}
+	if failed == nil {
+		found, err := sameLogs(limit, cluster)
+		r.report(found, out)
+		failed = err
+	}
+	if n := cluster.Said("panic: "); n > 0 {
+		r.report([]check.Anomaly{{Rule: "panic", Text: fmt.Sprintf("%d voters have ended of one", n), Key: -1}}, out)
 	}
 	r.report(load.bad, out)
 	failed = errors.Join(failed, r.judgeMetadata(c, load.asked))

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/estran/estran/localstack"
 )
@@ -66,6 +67,13 @@ func script(s localstack.Step) func(*world) (*fault, error) {
 	return func(w *world) (*fault, error) {
 		before := w.store.Hits()
 		w.store.Script(s)
-		return &fault{"the store", func() bool { return w.store.Hits() > before }, func(context.Context) error { w.store.Script(); return nil }}, nil
+		hold := time.Duration(w.rng.IntN(8)) * time.Second // beside the usual one: an upload is given up after deleteGrace
+		return &fault{"the store", func() bool { return w.store.Hits() > before }, func(ctx context.Context) error {
+			if s.Times == 0 {
+				sleep(ctx, hold)
+			}
+			w.store.Script()
+			return nil
+		}}, nil
 	}
 }
