@@ -96,7 +96,7 @@ func newBatcher(g *group) *batcher {
 func (b *batcher) lead(term uint64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.term, b.starts = term, !planted.On(planted.LeaderStartSkipped)
+	b.term, b.starts = term, true
 	b.cond.Broadcast()
 }
 

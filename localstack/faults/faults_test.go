@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"go/parser"
+	"go/token"
 	"io"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -202,5 +205,32 @@ func TestTempters(t *testing.T) {
 		if _, err := choose(names); err != nil {
 			t.Errorf("%s: %v", m, err)
 		}
+	}
+}
+
+// The windows that are widened are there in raft's source, each for a mistake of its own.
+func TestWindows(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := widened(t.Context(), "../..", dir); err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range windows {
+		b, err := os.ReadFile(filepath.Join(dir, "raft", w.file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !slices.Contains(planted.All, w.mistake) || !strings.Contains(string(b), w.mistake) || widens(w.mistake) == "" {
+			t.Errorf("%s is not in %s", w.mistake, w.file)
+		}
+		if _, err := parser.ParseFile(token.NewFileSet(), w.file, b, parser.SkipObjectResolution); err != nil {
+			t.Error(err)
+		}
+	}
+	absent := window{planted.NoFsync, "", "raft.go", "no such line", ""}
+	if err := absent.open(filepath.Join(dir, "raft")); err == nil {
+		t.Error("a window that raft does not have is taken for open")
+	}
+	if widens(planted.NoFsync) != "" {
+		t.Error("a mistake without a window has one")
 	}
 }

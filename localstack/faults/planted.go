@@ -23,18 +23,41 @@ const (
 
 // tempters are the faults among which a mistake is looked for, where most kinds have nothing to do with it: all others, and all together, would need hours.
 var tempters = map[string]string{
-	planted.PutUnchecked: "store-down,store-503,store-silent,store-500-done", planted.CRCSkipped: "store-flipped-get,store-flipped-put,none",
+	planted.PutUnchecked: "store-down,store-503,store-silent,none", planted.CRCSkipped: "store-flipped-get,store-flipped-put,none",
 	planted.LocalClock: "clock,clock-two,clock-all,kill-leader,none", planted.NoFsync: "power-cut,power-cut-all,power-cut-twice,kill,none",
 	planted.GuessedOutOfRange: leaderFaults, planted.VerifyLeaderAsProof: leaderFaults, planted.EpochUnchecked: leaderFaults, planted.LeaderStartSkipped: leaderFaults,
-	planted.CommitIndexUnclamped: leaderFaults, planted.OtherTermSent: leaderFaults,
+	planted.LentPayloadKept: leaderFaults, planted.CommitIndexUnclamped: "pause,partition,partition-held,flap,kill-leader",
 	planted.StockHeartbeat:     "pause,flap,kill-leader",
 	planted.SnapshotShownEarly: rejoinFaults, planted.FreeOnHint: rejoinFaults, planted.DeleteRangeByMax: rejoinFaults,
 }
 
 const (
 	leaderFaults = "kill-leader,pause,flap,frozen-disk,partition,partition-held,one-way,bridge,drain"
-	rejoinFaults = "wipe,members,kill,kill-leader,pause,partition,flap"
+	rejoinFaults = "wipe,members,kill,kill-leader,pause,partition,flap,store-down,store-503,store-silent"
 )
+
+// window is a moment that is too rare for ten minutes and lasts longer in the build that is tried, while the mistake is made: `old` in a file of raft becomes `new`.
+type window struct{ mistake, says, file, old, new string }
+
+var windows = []window{
+	// Where a heartbeat on another goroutine does harm (hashicorp/raft #695): without it, once in 800 pauses of a process.
+	{planted.StockHeartbeat, "a leader waits 30 ms between looking at its state and at its term", "raft.go", "\tterm := r.getCurrentTerm()\n\tlastIndex := r.getLastIndex()\n\n\tn := len(applyLogs)\n",
+		"\tif os.Getenv(\"ESTRAN_TEST_PLANTED\") == \"" + planted.StockHeartbeat + "\" {\n\t\tfor range 30 { // a longer wait would be over when a stopped process goes on\n\t\t\ttime.Sleep(time.Millisecond)\n\t\t}\n\t}\n" +
+			"\tterm := r.getCurrentTerm()\n\tlastIndex := r.getLastIndex()\n\n\tn := len(applyLogs)\n"},
+	// A request that ends below what the follower has to give up: raft's leaders begin behind their own last entry and go back one by one.
+	{planted.CommitIndexUnclamped, "a new leader sends its last 100 entries again", "raft.go", "\tlastIdx := r.getLastIndex()\n\n\t// Start replication goroutines that need starting\n",
+		"\tlastIdx := r.getLastIndex()\n\tif first, err := r.logs.FirstIndex(); err == nil && os.Getenv(\"ESTRAN_TEST_PLANTED\") == \"" + planted.CommitIndexUnclamped + "\" && lastIdx > first+101 {\n\t\tlastIdx -= 100\n\t}\n\n\t// Start replication goroutines that need starting\n"},
+}
+
+// widens says how a mistake's window is widened; "" = it is not.
+func widens(mistake string) string {
+	for _, w := range windows {
+		if w.mistake == mistake {
+			return w.says
+		}
+	}
+	return ""
+}
 
 // plant plays rounds against a program that makes one mistake at a time, and prints what caught it and when. An error says that one was not caught.
 func plant(ctx context.Context, c config, names string, out io.Writer) error {
@@ -54,12 +77,13 @@ func plant(ctx context.Context, c config, names string, out io.Writer) error {
 	if c.program, err = localstack.Build(ctx, c.module, dir, "-tags=planted", "-modfile="+modfile); err != nil {
 		return err
 	}
-	c.keep, c.clocks, c.foreign = dir, true, false
-	if err := control(ctx, c, run); err != nil {
+	c.clocks, c.foreign = true, false
+	if err := control(ctx, c, run); err != nil { // its history is kept
 		return err
 	}
+	c.keep = dir
 	var missed []error
-	fmt.Fprintln(out, "| mistake | seed | caught after | rounds | by |\n|---|---|---|---|---|")
+	fmt.Fprintln(out, "| mistake | seed | caught after | rounds | by | window |\n|---|---|---|---|---|---|")
 	for _, m := range mistakes {
 		for range plantedSeeds {
 			c.seed++
@@ -73,8 +97,7 @@ func plant(ctx context.Context, c config, names string, out io.Writer) error {
 	return errors.Join(missed...)
 }
 
-// widened makes a go.mod for a build in which raft waits for a moment where its leader has looked at its state and not yet at its term. That is where a heartbeat on another goroutine
-// does harm (hashicorp/raft #695): without it, once in 800 pauses of a process.
+// widened makes a go.mod for a build with a raft whose windows are wider.
 func widened(ctx context.Context, module, dir string) (modfile string, err error) {
 	const path = "github.com/hashicorp/raft"
 	cmd := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", path)
@@ -87,18 +110,11 @@ func widened(ctx context.Context, module, dir string) (modfile string, err error
 	if err := os.CopyFS(copied, os.DirFS(strings.TrimSpace(string(at)))); err != nil {
 		return "", err
 	}
-	name := filepath.Join(copied, "raft.go")
-	b, err := os.ReadFile(name)
-	if err != nil {
-		return "", err
+	for _, w := range windows {
+		if err := w.open(copied); err != nil {
+			return "", err
+		}
 	}
-	const imports, window = "import (\n", "\tterm := r.getCurrentTerm()\n\tlastIndex := r.getLastIndex()\n\n\tn := len(applyLogs)\n"
-	src := string(b)
-	if strings.Count(src, window) != 1 {
-		return "", fmt.Errorf("%s: this raft has no such place", name)
-	}
-	src = strings.Replace(src, imports, imports+"\t\"os\"\n", 1)
-	src = strings.Replace(src, window, "\tif os.Getenv(\"ESTRAN_TEST_PLANTED\") == \""+planted.StockHeartbeat+"\" {\n\t\tfor range 30 { // a longer one would be over when a stopped process goes on\n\t\t\ttime.Sleep(time.Millisecond)\n\t\t}\n\t}\n"+window, 1)
 	mod, err := os.ReadFile(filepath.Join(module, "go.mod"))
 	if err != nil {
 		return "", err
@@ -108,8 +124,26 @@ func widened(ctx context.Context, module, dir string) (modfile string, err error
 		return "", err
 	}
 	modfile = filepath.Join(dir, "go.mod")
-	return modfile, errors.Join(os.Chmod(name, 0o600), os.WriteFile(name, []byte(src), 0o600), os.WriteFile(filepath.Join(dir, "go.sum"), sum, 0o600),
+	return modfile, errors.Join(os.WriteFile(filepath.Join(dir, "go.sum"), sum, 0o600),
 		os.WriteFile(modfile, append(mod, "\nreplace "+path+" => "+copied+"\n"...), 0o600))
+}
+
+// open changes raft's source in a directory.
+func (w *window) open(dir string) error {
+	name := filepath.Join(dir, w.file)
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return err
+	}
+	src := string(b)
+	if strings.Count(src, w.old) != 1 {
+		return fmt.Errorf("%s: this raft has no such place for %s", name, w.mistake)
+	}
+	src = strings.Replace(src, w.old, w.new, 1)
+	if imports := "import (\n"; !strings.Contains(src, "\t\"os\"\n") {
+		src = strings.Replace(src, imports, imports+"\t\"os\"\n", 1)
+	}
+	return errors.Join(os.Chmod(name, 0o600), os.WriteFile(name, []byte(src), 0o600))
 }
 
 func chooseMistakes(names string) ([]string, error) {
@@ -156,12 +190,12 @@ func try(ctx context.Context, c config, mistake string, play player) (row string
 		switch {
 		case ctx.Err() != nil:
 		case err != nil && !errors.Is(err, errStuck):
-			return fmt.Sprintf("| %s | %d | error after %v | %d | %s |", mistake, seed, took, rounds, strings.ReplaceAll(err.Error(), "\n", " ")), false
+			return fmt.Sprintf("| %s | %d | error after %v | %d | %s | %s |", mistake, seed, took, rounds, strings.ReplaceAll(err.Error(), "\n", " "), widens(mistake)), false
 		case r.Anomalies > 0:
-			return fmt.Sprintf("| %s | %d | %v | %d | %s |", mistake, seed, took, rounds, rules(r.Found)), true
+			return fmt.Sprintf("| %s | %d | %v | %d | %s | %s |", mistake, seed, took, rounds, rules(r.Found), widens(mistake)), true
 		}
 	}
-	return fmt.Sprintf("| %s | %d | **not in %v** | %d | |", mistake, seed, plantedTime, rounds), false
+	return fmt.Sprintf("| %s | %d | **not in %v** | %d | | %s |", mistake, seed, plantedTime, rounds, widens(mistake)), false
 }
 
 func rules(found map[string]int) string {

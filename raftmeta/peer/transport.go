@@ -270,7 +270,7 @@ func (t *Transport) prepare(target string, a *raft.AppendEntriesRequest) (*call,
 		crcs[i] = entryCRC{ext: crc, extLen: uint32(n)}
 		size += len(e.Data) + n
 	}
-	if !planted.On(planted.OtherTermSent) && !isBeat(a) && !t.g.Log.Matches(a.PrevLogEntry, a.PrevLogTerm, a.Term, a.Entries) { // what a goroutine of a lost term has put together
+	if !isBeat(a) && !t.g.Log.Matches(a.PrevLogEntry, a.PrevLogTerm, a.Term, a.Entries) { // what a goroutine of a lost term has put together
 		return nil, fmt.Errorf("peer: entries behind %d of term %d are not the log's any more", a.PrevLogEntry, a.PrevLogTerm)
 	}
 	c.bulk = make(net.Buffers, 0, 2*len(a.Entries))

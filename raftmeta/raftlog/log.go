@@ -437,7 +437,7 @@ func (l *Log) DeleteRange(minIndex, maxIndex uint64) error {
 	if planted.On(planted.FreeOnHint) && minIndex <= l.snapIdx {
 		l.permit = max(l.permit, maxIndex)
 	}
-	if minIndex <= l.snapIdx && !(planted.On(planted.DeleteRangeByMax) && maxIndex > l.snapIdx && minIndex > l.base) {
+	if minIndex <= l.snapIdx && !(planted.On(planted.DeleteRangeByMax) && maxIndex >= l.lastLocked() && minIndex > l.base) {
 		l.mu.Unlock()
 		l.kickFree()
 		return nil

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/estran/estran/localstack/planted"
 	"github.com/hashicorp/raft"
 )
 
@@ -28,6 +29,8 @@ func (t *tail) push(e *raft.Log, lent bool, limit int64) {
 	c.size = int64(cap(e.Data)+cap(e.Extensions)) + 160
 	if lent {
 		c.Data = bytes.Clone(e.Data)
+	}
+	if lent && !planted.On(planted.LentPayloadKept) {
 		if c.onDisk = e.Type == raft.LogCommand && len(e.Extensions) > 0; c.onDisk {
 			c.Extensions = nil
 		} else {
