@@ -3,14 +3,16 @@ package main
 import (
 	"context"
 	"fmt"
+	"strings"
 
 	"github.com/estran/estran/localstack"
 	"github.com/estran/estran/localstack/check"
 	"github.com/estran/estran/localstack/logs"
 )
 
-// sameLogs ends a life: it waits until every voter knows what is committed, kills them all and compares their logs as they lie on their disks.
-func sameLogs(ctx context.Context, cluster *localstack.Cluster) ([]check.Anomaly, error) {
+// sameLogs ends a life: it waits until every voter knows what is committed, kills them all and compares their logs as they lie on their disks, and what the logs
+// come to; store has what they refer to.
+func sameLogs(ctx context.Context, cluster *localstack.Cluster, store *localstack.Double) ([]check.Anomaly, error) {
 	for i, n := range cluster.Nodes {
 		if n.Alive() { // one that ended late of a failed call is not
 			continue
@@ -41,7 +43,7 @@ func sameLogs(ctx context.Context, cluster *localstack.Cluster) ([]check.Anomaly
 	if err := logs.Compare(dirs, committed); err != nil {
 		return []check.Anomaly{{Rule: "logs-differ", Text: err.Error(), Key: -1}}, nil
 	}
-	return nil, nil
+	return logs.States(dirs, committed, below(store.Keys(), store.Object))
 }
 
 // committedEverywhere is an index up to which every voter knows that a group's entries are committed.
@@ -62,4 +64,17 @@ func committedEverywhere(ctx context.Context, nodes []*localstack.Node, group st
 		}
 	}
 	return uint64(commit), nil
+}
+
+// below are a store's objects by their keys below the prefix of the only cluster in it.
+func below(keys []string, object func(string) ([]byte, bool)) map[string][]byte {
+	out := map[string][]byte{}
+	for _, k := range keys {
+		if i := strings.Index(k, "v1/data/"); i >= 0 {
+			if b, ok := object(k); ok {
+				out[k[i:]] = b
+			}
+		}
+	}
+	return out
 }

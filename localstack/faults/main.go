@@ -231,7 +231,7 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 		failed = err
 	}
 	if failed == nil {
-		found, err := sameLogs(limit, cluster)
+		found, err := sameLogs(limit, cluster, store)
 		r.report(found, out)
 		failed = err
 	}

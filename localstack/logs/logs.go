@@ -1,4 +1,4 @@
-// Package logs compares the logs that voters have left on their disks.
+// Package logs compares what voters have left on their disks: their logs, and the states that these come to.
 package logs
 
 import (
