@@ -25,6 +25,7 @@ import (
 const (
 	ackedPerRound = 5000
 	patience      = time.Minute // for what must happen after a fault
+	quietRounds   = 12          // one of so many has no fault, beside those that the choice among all kinds gives
 	shards        = 3
 	diskBytes     = 2 << 30 // of each voter, mostly never written
 	// deleteGrace is how long objects live that nothing refers to; what was uploaded and never committed lives twice as long.
@@ -209,6 +210,9 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 	var failed error
 	for range rounds {
 		n := kinds[rng.IntN(len(kinds))]
+		if c.nemeses == "" && rng.IntN(quietRounds) == 0 {
+			n = nemeses[0]
+		}
 		if failed = round(ctx, r, w, load, n, out); failed != nil || ctx.Err() != nil {
 			break
 		}
