@@ -371,7 +371,10 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 			g.metrics.voids.Inc()
 			g.log_.Error("entry of another term applied as void", "index", l.Index, "term", l.Term)
 		}
-		g.recent.add(o.dropped) // under mu: a reader finds a batch hot or recent, never neither
+		if len(o.dropped) > 0 {
+			freed, _ := g.log.Base()
+			g.recent.add(o.dropped, freed) // under mu: a reader finds a batch hot or recent, never neither
+		}
 		out[i] = o
 		if !l.AppendedAt.IsZero() {
 			g.metrics.commit.Observe(time.Since(l.AppendedAt).Seconds())

@@ -41,10 +41,8 @@ func (l *recentList) endOf(i int) record.Offset {
 	return l.end
 }
 
-func (r *recentIndex) add(refs []state.DroppedRef) {
-	if len(refs) == 0 {
-		return
-	}
+// add remembers what was dropped, and forgets what the log has freed: entries up to index freed.
+func (r *recentIndex) add(refs []state.DroppedRef, freed uint64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.m == nil {
@@ -60,7 +58,7 @@ func (r *recentIndex) add(refs []state.DroppedRef) {
 		l.end = d.End
 		r.order = append(r.order, l)
 	}
-	for len(r.order) > recentMax {
+	for len(r.order) > recentMax || len(r.order) > 0 && r.order[0].refs[0].index <= freed {
 		l := r.order[0]
 		r.order = r.order[1:]
 		if l.refs = l.refs[1:]; len(l.refs) == 0 && r.m[l.tp] == l {

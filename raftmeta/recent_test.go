@@ -12,7 +12,7 @@ func TestRecentIndex(t *testing.T) {
 	var r recentIndex
 	a, b := record.TopicPartition{Partition: 1}, record.TopicPartition{Partition: 2}
 	drop := func(tp record.TopicPartition, base, end record.Offset, index state.RaftIndex) {
-		r.add([]state.DroppedRef{{TP: tp, Base: base, End: end, Index: index, Term: 7, First: 2, Count: 3}})
+		r.add([]state.DroppedRef{{TP: tp, Base: base, End: end, Index: index, Term: 7, First: 2, Count: 3}}, 0)
 	}
 	find := func(tp record.TopicPartition, from record.Offset, most int) []state.HotRef {
 		return r.find(tp, from, most, nil)
@@ -50,5 +50,10 @@ func TestRecentIndex(t *testing.T) {
 	}
 	if total != recentMax {
 		t.Errorf("%d refs are held, %d are counted", total, recentMax)
+	}
+	const freed = 10 + recentMax + 97 // all but the last two
+	r.add([]state.DroppedRef{{TP: a, Base: 30, End: 31, Index: freed + 9}}, freed)
+	if len(r.order) != 3 || len(find(b, recentMax+99, 500)) != 2 || len(find(b, recentMax+98, 500)) != 0 || len(find(a, 30, 5)) != 1 {
+		t.Errorf("%d refs are held of a log of which two entries were left, and one was added", len(r.order))
 	}
 }
