@@ -30,10 +30,11 @@ type PartitionConfig struct {
 
 // Effect is a change that meta decided and a shard carries out. Exactly one field is set.
 type Effect struct {
-	EnsurePartition *EnsurePartition `json:",omitempty"`
-	DropTopic       *DropTopic       `json:",omitempty"`
-	SetConfig       *SetConfig       `json:",omitempty"`
-	ReleaseSlots    *ReleaseSlots    `json:",omitempty"`
+	EnsurePartition   *EnsurePartition   `json:",omitempty"`
+	DropTopic         *DropTopic         `json:",omitempty"`
+	SetConfig         *SetConfig         `json:",omitempty"`
+	ReleaseSlots      *ReleaseSlots      `json:",omitempty"`
+	RaiseFeatureLevel *RaiseFeatureLevel `json:",omitempty"`
 }
 
 // EnsurePartition creates a partition if it is not there.
@@ -129,6 +130,8 @@ type InitCluster struct {
 	Shards    uint32
 	// Members are the first voters.
 	Members []int32 `json:",omitempty"`
+	// Level is the feature level that the cluster begins with: what the program of its founders writes.
+	Level uint32 `json:",omitempty"`
 }
 
 // AlterMembers adds nodes to the members or removes them. Only a registered node is added, and one member always stays: else nothing is changed.
@@ -177,6 +180,8 @@ type Node struct {
 	Peer        string `json:",omitempty"` // where other nodes reach it
 	// Left: it was removed from the members and has not registered since.
 	Left bool `json:",omitempty"`
+	// Level is the highest feature level that its program knows.
+	Level uint32 `json:",omitempty"`
 }
 
 // CreateTopic creates a topic.
@@ -242,6 +247,7 @@ func (CreatePartitions) kind() Kind    { return KindCreateParts }
 func (AlterConfigs) kind() Kind        { return KindAlterConfigs }
 func (AllocateProducerIDs) kind() Kind { return KindAllocProducers }
 func (TrimOutbox) kind() Kind          { return KindTrimOutbox }
+func (RaiseFeatureLevel) kind() Kind   { return KindRaiseLevel }
 
 // Code is the outcome of a command.
 type Code uint8

@@ -27,9 +27,6 @@ const (
 	flagIgnorable = 1
 	// SlotsMax is the most batches that one entry may carry.
 	SlotsMax = 1 << 15
-	// EntryLevel and SnapshotLevel are what nodes must have in common to be of one cluster.
-	EntryLevel    = entryVersion
-	SnapshotLevel = snapshotVersion
 )
 
 // Kind is a command's kind. Kinds are appended, never renumbered.
@@ -66,6 +63,7 @@ const (
 	KindAddShards      Kind = 76
 	KindRecover        Kind = 77
 	KindSettleSlots    Kind = 78
+	KindRaiseLevel     Kind = 79
 )
 
 // ErrEntry: the bytes are no entry.

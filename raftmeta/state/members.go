@@ -120,6 +120,9 @@ func (m *Meta) registerNode(n Node) Result {
 	if _, known := m.c.nodes[n.ID]; !known && len(m.c.nodes) >= nodesMax {
 		return Result{Code: Invalid}
 	}
+	if n.level() < m.c.level {
+		return Result{Code: Invalid}
+	}
 	n.Left = false
 	m.setNode(n)
 	m.c.place.Draining = without(m.c.place.Draining, n.ID) // it has started anew
@@ -139,8 +142,12 @@ func without(ids []int32, id int32) (out []int32) {
 func (m *Meta) alterMembers(c AlterMembers) Result {
 	members := slices.Clone(m.c.Members())
 	for _, id := range c.Add {
-		if n, ok := m.c.nodes[id]; !ok || n.Left {
+		n, ok := m.c.nodes[id]
+		if !ok || n.Left {
 			return Result{Code: NotFound}
+		}
+		if n.level() < m.c.level {
+			return Result{Code: Invalid}
 		}
 		members = append(members, id)
 	}
@@ -223,6 +230,7 @@ func (m *Meta) addShards(c AddShards) Result {
 		s := record.ShardID(m.c.Shards)
 		f[s] = slices.Clone(c.Founders)
 		m.outboxes[s] = &outbox{First: 1}
+		m.tellLevel(s)
 	}
 	m.c.place.Founders = f
 	m.moveSlots(first)

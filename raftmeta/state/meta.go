@@ -36,6 +36,7 @@ type Cluster struct {
 	Shards  uint32
 	Version uint64 // rises with every change
 
+	level   uint32
 	byName  *btree.Map[string, *Topic]
 	byID    *btree.Map[string, *Topic]
 	nodes   map[int32]Node
@@ -87,7 +88,7 @@ type Meta struct {
 
 // NewMeta returns the empty state.
 func NewMeta() *Meta {
-	return &Meta{c: Cluster{byName: &btree.Map[string, *Topic]{}, byID: &btree.Map[string, *Topic]{}, nodes: map[int32]Node{}, configs: map[string]string{}},
+	return &Meta{c: Cluster{level: LevelFirst, byName: &btree.Map[string, *Topic]{}, byID: &btree.Map[string, *Topic]{}, nodes: map[int32]Node{}, configs: map[string]string{}},
 		outboxes: map[record.ShardID]*outbox{}, perShard: map[record.ShardID]int64{}}
 }
 
@@ -147,6 +148,8 @@ func (m *Meta) section(index RaftIndex, kind Kind, flags uint8, body []byte) Res
 		m.recover(decode[Recover](body))
 	case KindSettleSlots:
 		m.settleSlots(decode[SettleSlots](body))
+	case KindRaiseLevel:
+		return m.raiseLevel(decode[RaiseFeatureLevel](body))
 	case KindAddShards:
 		return m.addShards(decode[AddShards](body))
 	case KindCreateTopic:
@@ -180,13 +183,14 @@ func (m *Meta) initCluster(c InitCluster) {
 	if m.c.ID != "" {
 		return
 	}
-	m.c.ID, m.c.Shards = c.ClusterID, c.Shards
+	m.c.ID, m.c.Shards, m.c.level = c.ClusterID, c.Shards, max(c.Level, LevelFirst)
 	m.c.place.Members = sorted(c.Members)
 	for i := range m.c.slots {
 		m.c.slots[i] = record.ShardID(uint32(i)%c.Shards + 1)
 	}
 	for s := range c.Shards {
 		m.outboxes[record.ShardID(s+1)] = &outbox{First: 1}
+		m.tellLevel(record.ShardID(s + 1))
 	}
 }
 
@@ -343,6 +347,7 @@ func (m *Meta) Voids() uint64 { return m.voids }
 
 // metaSnapshot is the format of meta's snapshot.
 type metaSnapshot struct {
+	level    uint32
 	Applied  RaftIndex
 	Clock    record.Timestamp
 	Leader   LeaderStart
@@ -369,7 +374,7 @@ type FrozenMeta struct {
 // Freeze takes the state as it is.
 func (m *Meta) Freeze() FrozenMeta {
 	f := FrozenMeta{view: m.View()}
-	f.head = metaSnapshot{Applied: m.applied, Clock: m.clock, Leader: m.leader, Chain: m.chain, Voids: m.voids, ID: m.c.ID, Shards: m.c.Shards, Version: m.c.Version,
+	f.head = metaSnapshot{level: m.c.level, Applied: m.applied, Clock: m.clock, Leader: m.leader, Chain: m.chain, Voids: m.voids, ID: m.c.ID, Shards: m.c.Shards, Version: m.c.Version,
 		Place: m.c.place, Configs: m.c.configs, Slots: m.c.slots[:], Outboxes: map[record.ShardID]outbox{}, Producer: m.producer}
 	f.head.Slots = slices.Clone(f.head.Slots)
 	for s, o := range m.outboxes {
@@ -386,16 +391,18 @@ func (f *FrozenMeta) WriteTo(w io.Writer) (int64, error) {
 	h := f.head
 	h.Topics = slices.Collect(f.view.Topics())
 	h.Nodes = f.view.Registered()
-	return writeSnapshot(w, metaMagic, h)
+	return writeSnapshot(w, metaMagic, h.level, h)
 }
 
 // RestoreMeta reads a snapshot that WriteTo wrote.
 func RestoreMeta(r io.Reader) (*Meta, error) {
 	var h metaSnapshot
-	if err := readSnapshot(r, metaMagic, &h); err != nil {
+	level, err := readSnapshot(r, metaMagic, &h)
+	if err != nil {
 		return nil, err
 	}
 	m := NewMeta()
+	m.c.level = level
 	m.applied, m.clock, m.leader, m.chain, m.voids, m.producer = h.Applied, h.Clock, h.Leader, h.Chain, h.Voids, h.Producer
 	m.c.ID, m.c.Shards, m.c.Version, m.c.place = h.ID, h.Shards, h.Version, h.Place
 	if h.Configs != nil {

@@ -516,7 +516,7 @@ func (r *shardRun) check(t *rapid.T) {
 
 // end replays everything from the beginning, and looks at what was frozen on the way.
 func (r *shardRun) end(t *rapid.T) {
-	fresh := NewShard(1)
+	fresh := newest(1)
 	for i, data := range r.m.log {
 		fresh.Apply(RaftIndex(i+1), r.m.terms[i], data)
 	}
@@ -691,10 +691,12 @@ func (r *metaRun) allocate(t *rapid.T) {
 // members does what operators do; the answers are those of a restored twin, and one member stays.
 func (r *metaRun) members(t *rapid.T) {
 	id := rapid.Int32Range(1, 5).Draw(t, "node")
-	c := rapid.SampledFrom([]Command{RegisterNode{Node{ID: id, Rack: fmt.Sprint(id % 2), Peer: "p"}}, AlterMembers{Add: []int32{id}}, AlterMembers{Remove: []int32{id}}, Drain{id, true}, Drain{id, false},
+	c := rapid.SampledFrom([]Command{RegisterNode{Node{ID: id, Rack: fmt.Sprint(id % 2), Peer: "p"}}, RegisterNode{Node{ID: id, Peer: "p", Level: LevelNewest}}, AlterMembers{Add: []int32{id}}, AlterMembers{Remove: []int32{id}}, Drain{id, true}, Drain{id, false},
 		PreferLeader{record.ShardID(id % 3), id}, ForgetNode{id}, AlterConfigs{Set: map[string]string{"x": fmt.Sprint(id)}}}).Draw(t, "command")
 	r.do(t, c)
-	if v := r.m.View(); len(v.Members()) == 0 || len(v.Leaders(1)) == 0 {
+	if v := r.m.View(); len(v.Behind(v.FeatureLevel())) > 0 {
+		t.Fatalf("%v is a member of a cluster of level %d after %+v", v.Behind(v.FeatureLevel()), v.FeatureLevel(), c)
+	} else if len(v.Members()) == 0 || len(v.Leaders(1)) == 0 {
 		t.Fatalf("no member is left after %+v", c)
 	}
 }
@@ -707,6 +709,19 @@ func (r *metaRun) addShards(t *rapid.T) {
 	}
 	for s := len(r.shards) + 1; s <= total; s++ {
 		r.shards[record.ShardID(s)] = NewShard(record.ShardID(s))
+	}
+}
+
+// raise asks for a level, which nodes that have registered with an older program keep the cluster from.
+func (r *metaRun) raise(t *rapid.T) {
+	to := rapid.Uint32Range(0, LevelNewest).Draw(t, "level")
+	before := r.m.View()
+	got, want := r.do(t, RaiseFeatureLevel{to}), OK
+	if len(before.Behind(to)) > 0 {
+		want = Invalid
+	}
+	if after := r.m.View().FeatureLevel(); got.Code != want || want == OK && after != max(to, before.FeatureLevel()) || want != OK && after != before.FeatureLevel() {
+		t.Fatalf("raised from %d to %d: level %d, %+v", before.FeatureLevel(), to, after, got)
 	}
 }
 
@@ -725,7 +740,7 @@ func (r *metaRun) snapshot(t *rapid.T) {
 
 // describe is everything that readers see of a view.
 func describe(c *Cluster) string {
-	out := fmt.Sprintln(c.ID, c.Shards, c.Version, c.Registered(), c.Members(), c.place, c.configs, c.slots)
+	out := fmt.Sprintln(c.ID, c.Shards, c.level, c.Version, c.Registered(), c.Members(), c.place, c.configs, c.slots)
 	for x := range c.Topics() {
 		out += fmt.Sprintln(*x)
 	}
@@ -765,6 +780,9 @@ func (r *metaRun) end(t *rapid.T) {
 				t.Fatalf("shard %d does not take effects %d to %d: %+v", s, first, first+uint64(len(effects))-1, res)
 			}
 		}
+		if got, want := shard.FeatureLevel(), r.m.View().FeatureLevel(); got != want {
+			t.Fatalf("shard %d is at level %d, meta at %d", s, got, want)
+		}
 		want := map[record.TopicPartition]PartitionConfig{}
 		for x := range r.m.View().Topics() {
 			for i, p := range x.Partitions {
@@ -797,7 +815,7 @@ func TestMetaAgainstModel(t *testing.T) {
 		}
 		r.do(t, InitCluster{ClusterID: "c", Shards: uint32(n), Members: []int32{1}})
 		r.do(t, RegisterNode{Node{ID: 1}})
-		t.Repeat(map[string]func(*rapid.T){"create": r.create, "change": r.change, "change more": r.change, "allocate": r.allocate, "members": r.members, "shards": r.addShards, "deliver": r.deliver,
+		t.Repeat(map[string]func(*rapid.T){"create": r.create, "change": r.change, "change more": r.change, "allocate": r.allocate, "members": r.members, "shards": r.addShards, "raise": r.raise, "deliver": r.deliver,
 			"trim": r.trim, "snapshot": r.snapshot, "": r.check})
 		r.end(t)
 	})

@@ -56,7 +56,7 @@ type Shard struct {
 // NewShard returns the empty state of shard id.
 func NewShard(id record.ShardID) *Shard {
 	return &Shard{id: id, byTP: map[record.TopicPartition]uint64{}, objects: map[segment.Number]*segment.Object{},
-		byUUID: map[segment.UUID]segment.Number{}, groups: map[string]*Group{}, gen: 1}
+		byUUID: map[segment.UUID]segment.Number{}, groups: map[string]*Group{}, level: LevelFirst, gen: 1}
 }
 
 // DroppedRef is a hot ref that left the state by a Commit: its bytes stay readable locally while the entry does.
@@ -357,6 +357,8 @@ func (s *Shard) applyEffects(c MetaEffects) Result {
 			s.dropTopic(e.DropTopic.Topic)
 		case e.ReleaseSlots != nil:
 			s.releaseSlots(*e.ReleaseSlots)
+		case e.RaiseFeatureLevel != nil:
+			s.level = max(s.level, e.RaiseFeatureLevel.To)
 		case e.SetConfig != nil:
 			for tp, h := range s.byTP {
 				if tp.Topic == e.SetConfig.Topic {

@@ -15,30 +15,26 @@ import (
 )
 
 const (
-	metaMagic       = "ESTRNMET"
-	shardMagic      = "ESTRNSHD"
-	snapshotVersion = 1
+	metaMagic  = "ESTRNMET"
+	shardMagic = "ESTRNSHD"
 )
 
-// ErrSnapshot: the bytes are no snapshot. ErrSnapshotVersion: a newer program wrote it.
-var (
-	ErrSnapshot        = errors.New("state: malformed snapshot")
-	ErrSnapshotVersion = errors.New("state: unknown snapshot version")
-)
+// ErrSnapshot: the bytes are no snapshot.
+var ErrSnapshot = errors.New("state: malformed snapshot")
 
-// shardSnapshot is the format of a shard's snapshot.
+// shardSnapshot is the format of a shard's snapshot. A field that is added belongs to a feature level, and stays empty below it.
 type shardSnapshot struct {
+	level   uint32
 	ID      record.ShardID
 	Applied RaftIndex
 	Clock   record.Timestamp
-	Level   uint32
 	Leader  LeaderStart
 	Chain   [16]byte
 	Cursor  uint64
 	Handles uint64
 	Number  segment.Number
 	Voids   uint64
-	// Stood: something was given the clock's time by an entry that had none.
+	// Stood: something was given the clock's time by an entry that had none. From LevelStood on.
 	Stood   bool `json:",omitempty"`
 	EntBase uint32
 	// Released are the slots that the shard has let go, a bit each; nil = none.
@@ -85,7 +81,7 @@ func (s *Shard) Freeze() Frozen {
 	for _, o := range s.objects {
 		f.objects = append(f.objects, *o)
 	}
-	f.head = shardSnapshot{ID: s.id, Applied: s.applied, Clock: s.clock, Level: s.level, Leader: s.leader, Chain: s.chain, Cursor: s.cursor, Handles: s.handles,
+	f.head = shardSnapshot{ID: s.id, Applied: s.applied, Clock: s.clock, level: s.level, Leader: s.leader, Chain: s.chain, Cursor: s.cursor, Handles: s.handles,
 		Number: s.number, Voids: s.voids, Stood: s.stood, EntBase: s.entBase, Released: s.released.bytes(), Entries: slices.Clip(s.entries)}
 	return f
 }
@@ -115,12 +111,12 @@ func (f *Frozen) WriteTo(w io.Writer) (int64, error) {
 		g.List = g.sorted()
 		h.Groups = append(h.Groups, g)
 	}
-	return writeSnapshot(w, shardMagic, h)
+	return writeSnapshot(w, shardMagic, h.level, h)
 }
 
-func writeSnapshot(w io.Writer, magic string, v any) (int64, error) {
+func writeSnapshot(w io.Writer, magic string, level uint32, v any) (int64, error) {
 	c := &counter{w: bufio.NewWriterSize(w, 64<<10)}
-	head := binary.BigEndian.AppendUint32([]byte(magic), snapshotVersion)
+	head := binary.BigEndian.AppendUint32([]byte(magic), level)
 	if _, err := c.Write(head); err != nil {
 		return c.n, err
 	}
@@ -141,28 +137,31 @@ func (c *counter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-func readSnapshot(r io.Reader, magic string, v any) error {
+// readSnapshot reads a snapshot of a level that this program knows.
+func readSnapshot(r io.Reader, magic string, v any) (level uint32, err error) {
 	head := make([]byte, len(magic)+4)
 	if _, err := io.ReadFull(r, head); err != nil || string(head[:len(magic)]) != magic {
-		return fmt.Errorf("%w: no %s header: %v", ErrSnapshot, magic, err)
+		return 0, fmt.Errorf("%w: no %s header: %v", ErrSnapshot, magic, err)
 	}
-	if ver := binary.BigEndian.Uint32(head[len(magic):]); ver != snapshotVersion {
-		return fmt.Errorf("%w: %d, this program knows %d", ErrSnapshotVersion, ver, snapshotVersion)
+	level = binary.BigEndian.Uint32(head[len(magic):])
+	if err := CheckLevel(level, LevelNewest); err != nil {
+		return level, fmt.Errorf("state: snapshot: %w", err)
 	}
 	if err := json.NewDecoder(r).Decode(v); err != nil {
-		return fmt.Errorf("%w: %v", ErrSnapshot, err)
+		return level, fmt.Errorf("%w: %v", ErrSnapshot, err)
 	}
-	return nil
+	return level, nil
 }
 
 // RestoreShard reads a snapshot that WriteTo wrote.
 func RestoreShard(r io.Reader) (*Shard, error) {
 	var h shardSnapshot
-	if err := readSnapshot(r, shardMagic, &h); err != nil {
+	level, err := readSnapshot(r, shardMagic, &h)
+	if err != nil {
 		return nil, err
 	}
 	s := NewShard(h.ID)
-	s.applied, s.clock, s.level, s.leader, s.chain, s.cursor = h.Applied, h.Clock, h.Level, h.Leader, h.Chain, h.Cursor
+	s.applied, s.clock, s.level, s.leader, s.chain, s.cursor = h.Applied, h.Clock, level, h.Leader, h.Chain, h.Cursor
 	s.handles, s.number, s.voids, s.entBase, s.entries = h.Handles, h.Number, h.Voids, h.EntBase, h.Entries
 	s.stood = h.Stood
 	copy(s.released[:], h.Released)

@@ -32,8 +32,15 @@ type machine struct {
 	terms []Term
 }
 
+// newest is a shard that begins with the newest feature level.
+func newest(id record.ShardID) *Shard {
+	s := NewShard(id)
+	s.level = LevelNewest
+	return s
+}
+
 func newMachine(t tester, partitions int) *machine {
-	m := &machine{t: t, s: NewShard(1), term: 1, clock: 1000}
+	m := &machine{t: t, s: newest(1), term: 1, clock: 1000}
 	m.do(LeaderStart{Term: 1, Node: 1})
 	var effects []Effect
 	for p := range partitions {
@@ -517,7 +524,7 @@ func TestRandomCommands(t *testing.T) {
 			t.Fatalf("seed %d: a snapshot changed after it was taken", seed)
 		}
 		want := snapshotOf(t, m.s.Freeze())
-		replayed := NewShard(1)
+		replayed := newest(1)
 		restored, err := RestoreShard(bytes.NewReader(early))
 		if err != nil {
 			t.Fatal(err)
@@ -733,7 +740,7 @@ func FuzzManifest(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		replayed, from := NewShard(1), restored.Applied()
+		replayed, from := newest(1), restored.Applied()
 		for i, data := range m.log {
 			replayed.Apply(RaftIndex(i+1), m.terms[i], data)
 			if RaftIndex(i+1) > from {
@@ -772,6 +779,7 @@ var metaCommands = []struct {
 	{SettleSlots{}, func(b []byte) bool { return readable[SettleSlots](b, nil) }},
 	{AddShards{Total: 4, Founders: []string{"1.a"}}, func(b []byte) bool { return readable(b, func(c AddShards) bool { return c.Total < 100 }) }},
 	{TrimOutbox{Shard: 1, To: 2}, func(b []byte) bool { return readable[TrimOutbox](b, nil) }},
+	{RaiseFeatureLevel{To: LevelNewest}, func(b []byte) bool { return readable(b, func(c RaiseFeatureLevel) bool { return c.To <= LevelNewest }) }},
 }
 
 // FuzzMeta applies commands of meta with any contents. None panics, and the same commands give the same bytes, from the start and from a snapshot in the middle.

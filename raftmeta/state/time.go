@@ -7,11 +7,11 @@ import (
 
 // The replicated clock stands while the leader trusts none: entries then have no time. What such an entry stamps gets the time at which the clock stopped, which may be days ago; it would
 // expire as soon as the clock goes on: an object before its grace, a producer that wrote a moment ago, a group's offsets. So whatever was stamped with that time gets the one at
-// which the clock goes on.
+// which the clock goes on: from LevelStood on.
 
 // now is the time for a stamp.
 func (s *Shard) now() record.Timestamp {
-	s.stood = s.stood || s.untimed
+	s.stood = s.stood || s.untimed && s.level >= LevelStood
 	return s.clock
 }
 
