@@ -14,6 +14,7 @@ import (
 
 	"github.com/estran/estran/raftmeta/peer"
 	"github.com/estran/estran/raftmeta/raftlog"
+	"github.com/estran/estran/raftmeta/state"
 	"github.com/estran/estran/tiering/record"
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -55,6 +56,9 @@ type Config struct {
 	BackupEvery time.Duration
 	// StoreTime returns the object store's time; ok is false if it does not tell.
 	StoreTime func() (t time.Time, ok bool)
+
+	// FeatureLevel is the newest feature level that this node takes part in; 0 = all that this program knows. For tests, of an older program.
+	FeatureLevel uint32
 
 	// For tests: the file system, the size of log files and of the memory tail, the clock, and how other nodes are reached; nil = TCP.
 	FS        raftlog.FS
@@ -136,5 +140,8 @@ func (c *Config) validate() error {
 		c.Now = time.Now
 	}
 	c.Slower = max(c.Slower, 1)
+	if c.FeatureLevel == 0 {
+		c.FeatureLevel = state.LevelNewest
+	}
 	return errors.Join(errs...)
 }

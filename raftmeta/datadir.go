@@ -45,6 +45,8 @@ type identity struct {
 	Peers map[int32]string `json:",omitempty"`
 	// Groups have been opened here: one of these that is empty has lost its votes.
 	Groups []uint32 `json:",omitempty"`
+	// Level is the feature level that the node has last seen in force.
+	Level uint32 `json:",omitempty"`
 }
 
 func (i identity) serverID() string { return fmt.Sprintf("%d.%s", i.NodeID, i.Incarnation) }

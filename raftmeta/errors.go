@@ -1,6 +1,10 @@
 package raftmeta
 
-import "errors"
+import (
+	"errors"
+
+	"github.com/estran/estran/raftmeta/state"
+)
 
 // Why an operation failed. The first group is definite: nothing was appended or changed.
 var (
@@ -17,7 +21,9 @@ var (
 	ErrNotFound             = errors.New("raftmeta: not found")
 	ErrStopped              = errors.New("raftmeta: stopped")
 	// ErrRemoved: this node is no member of its cluster any more.
-	ErrRemoved  = errors.New("raftmeta: this node was removed from the cluster")
+	ErrRemoved = errors.New("raftmeta: this node was removed from the cluster")
+	// ErrLevel: the cluster is at a feature level that this program does not know.
+	ErrLevel    = state.ErrLevel
 	ErrTooLarge = errors.New("raftmeta: batch is larger than an entry may be")
 
 	// ErrTimeout and ErrUnknownOutcome: the change may have happened or may still happen.

@@ -362,6 +362,8 @@ func decodeForwarded(f forwarded) (state.Command, error) {
 		return as[state.PreferLeader](f.Body)
 	case state.KindSettleSlots:
 		return as[state.SettleSlots](f.Body)
+	case state.KindRaiseLevel:
+		return as[state.RaiseFeatureLevel](f.Body)
 	case state.KindTrimOutbox:
 		return as[state.TrimOutbox](f.Body)
 	}

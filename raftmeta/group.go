@@ -30,6 +30,7 @@ type machine interface {
 	oldestHot() uint64
 	leader() state.LeaderStart
 	clock() record.Timestamp
+	level() uint32
 }
 
 // frozen is a state that can be written while the machine goes on.
@@ -71,6 +72,7 @@ type group struct {
 	machine machine
 	shard   *state.Shard // of a shard; nil for meta
 	meta    *state.Meta  // of meta; nil for a shard
+	refused error        // the state has a feature level that this program does not know: it stays as it is
 
 	applied atomic.Uint64 // last index that the machine has seen, of any type
 	leads   atomic.Uint64 // term whose LeaderStart was applied and that this node leads; 0 = none
@@ -192,7 +194,10 @@ func (g *group) openRaft() error {
 	}
 	g.raft, err = newRaft(cfg, &fsm{g}, g.log, g.stable.ForRaft(), g.snaps.Store(), g.trans)
 	if err != nil {
-		return errors.Join(fmt.Errorf("raftmeta: opening group %d: %w", g.id, err), g.trans.Close())
+		return errors.Join(g.refused, fmt.Errorf("raftmeta: opening group %d: %w", g.id, err), g.trans.Close())
+	}
+	if g.refused != nil { // by a snapshot; raft may have found an older one
+		return errors.Join(g.refused, g.trans.Close(), g.raft.Shutdown().Error())
 	}
 	g.live.Store(g.raft)
 	return nil
@@ -366,7 +371,12 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 		if l.Type != raft.LogCommand {
 			continue
 		}
+		if g.refused != nil {
+			out[i] = outcome{void: true}
+			continue
+		}
 		o := g.machine.apply(l.Index, l.Term, l.Data)
+		g.checkLevel()
 		if o.void {
 			g.metrics.voids.Inc()
 			g.log_.Error("entry of another term applied as void", "index", l.Index, "term", l.Term)
@@ -382,7 +392,12 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 	}
 	oldest := g.machine.oldestHot()
 	g.seen.Store(int64(g.machine.clock()))
+	refused := g.refused
 	g.mu.Unlock()
+	if refused != nil {
+		g.host.refuse(refused)
+		return out
+	}
 	last := logs[len(logs)-1].Index
 	g.applied.Store(last)
 	for _, o := range out {
@@ -406,6 +421,9 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
 	f.g.mu.Lock()
 	defer f.g.mu.Unlock()
+	if f.g.refused != nil {
+		return nil, f.g.refused
+	}
 	return &fsmSnapshot{f.g, f.g.machine.freeze()}, nil
 }
 
@@ -414,8 +432,16 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 	defer r.Close()
 	f.g.mu.Lock()
 	err := f.g.machine.restore(r)
+	if f.g.checkLevel(); errors.Is(err, state.ErrLevel) {
+		f.g.refused = err
+	}
+	refused := f.g.refused
 	f.g.seen.Store(int64(f.g.machine.clock()))
 	f.g.mu.Unlock()
+	if refused != nil {
+		f.g.host.refuse(refused)
+		return refused
+	}
 	f.g.host.poke()
 	return err
 }
@@ -462,6 +488,7 @@ func (m *metaMachine) restore(r io.Reader) error {
 func (m *metaMachine) oldestHot() uint64         { return math.MaxUint64 }
 func (m *metaMachine) leader() state.LeaderStart { return m.g.meta.Leader() }
 func (m *metaMachine) clock() record.Timestamp   { return m.g.meta.Clock() }
+func (m *metaMachine) level() uint32             { return m.g.meta.FeatureLevel() }
 
 type shardMachine struct{ g *group }
 
@@ -493,6 +520,7 @@ func (m *shardMachine) oldestHot() uint64 {
 
 func (m *shardMachine) leader() state.LeaderStart { return m.g.shard.Leader() }
 func (m *shardMachine) clock() record.Timestamp   { return m.g.shard.Clock() }
+func (m *shardMachine) level() uint32             { return m.g.shard.FeatureLevel() }
 
 // tell lets the other voters know what is committed, for what waits until they have applied it: raft takes its time (CommitTimeout) when nothing follows.
 func (g *group) tell() {

@@ -34,6 +34,12 @@ type Host struct {
 	known      []peer.Peer                      // who answered when this node started, and what they remember of it
 	recorded   []uint32                         // the groups that node.json says have been here; of open, then of followShards
 
+	level         atomic.Uint32 // the highest feature level that was seen in force
+	recordedLevel uint32        // by node.json; of open, then of followShards
+	refuseOnce    sync.Once
+	refused       chan struct{} // closed when the cluster is at a level that this program does not know
+	refusal       error         // why, once refused is closed
+
 	pokeMu sync.Mutex
 	poked  chan struct{} // closed and renewed when anything was applied
 
@@ -60,7 +66,7 @@ func Open(ctx context.Context, cfg Config) (_ *Host, err error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	h := &Host{cfg: cfg, stop: make(chan struct{}), opened: make(chan struct{}), removed: make(chan struct{}), poked: make(chan struct{}), shardCount: int(cfg.Shards)}
+	h := &Host{cfg: cfg, stop: make(chan struct{}), opened: make(chan struct{}), removed: make(chan struct{}), refused: make(chan struct{}), poked: make(chan struct{}), shardCount: int(cfg.Shards)}
 	var fresh bool
 	h.identity, h.lock, fresh, err = openDataDir(cfg.DataDir, cfg.NodeID, cfg.alone())
 	if err != nil {
@@ -68,6 +74,11 @@ func Open(ctx context.Context, cfg Config) (_ *Host, err error) {
 	}
 	if r := h.identity.Recovering; r != 0 {
 		return nil, errors.Join(fmt.Errorf("%w: of epoch %d", ErrRecovering, r), h.lock.Close())
+	}
+	h.recordedLevel = h.identity.Level
+	h.level.Store(max(h.recordedLevel, state.LevelFirst))
+	if err := state.CheckLevel(h.level.Load(), cfg.FeatureLevel); err != nil {
+		return nil, errors.Join(err, h.lock.Close())
 	}
 	h.ctx, h.cancel = context.WithCancel(context.Background())
 	h.shards.Store(new([]*group))
@@ -104,7 +115,7 @@ func (h *Host) open(ctx context.Context) error {
 		return err
 	}
 	h.serving.Store(true)
-	self := state.Node{ID: h.cfg.NodeID, Incarnation: h.identity.Incarnation, Host: h.cfg.Host, Port: h.cfg.Port, Rack: h.cfg.Rack, Peer: h.peerAddress()}
+	self := state.Node{ID: h.cfg.NodeID, Incarnation: h.identity.Incarnation, Host: h.cfg.Host, Port: h.cfg.Port, Rack: h.cfg.Rack, Peer: h.peerAddress(), Level: h.cfg.FeatureLevel}
 	h.wg.Go(h.watchMembership)
 	if last, err := h.meta.log.LastIndex(); err != nil {
 		return err
@@ -117,7 +128,7 @@ func (h *Host) open(ctx context.Context) error {
 		return err
 	}
 	for h.Cluster().ID == "" { // whoever leads says so; a leader that is deposed meanwhile leaves it to the next
-		_, err := h.meta.propose(ctx, state.InitCluster{ClusterID: h.identity.ClusterID, Shards: h.cfg.Shards, Members: h.founderNodes()})
+		_, err := h.meta.propose(ctx, state.InitCluster{ClusterID: h.identity.ClusterID, Shards: h.cfg.Shards, Members: h.founderNodes(), Level: h.cfg.FeatureLevel})
 		if err != nil && !errors.Is(err, ErrNotLeader) && !errors.Is(err, ErrUnknownOutcome) || ctx.Err() != nil {
 			return fmt.Errorf("initializing the cluster: %w", err)
 		}
@@ -130,7 +141,8 @@ func (h *Host) open(ctx context.Context) error {
 		return fmt.Errorf("%w: its meta log belongs to cluster %s, %s says %s", ErrForeign, c.ID, identityFile, h.identity.ClusterID)
 	}
 	if old, ok := c.Node(self.ID); !ok || old != self || c.Draining(self.ID) { // who starts no longer drains
-		if _, err := h.propose(ctx, h.meta, state.RegisterNode{Node: self}); err != nil {
+		r, err := h.propose(ctx, h.meta, state.RegisterNode{Node: self})
+		if err = errors.Join(err, code(r.Code)); err != nil {
 			return fmt.Errorf("registering the node: %w", err)
 		}
 	}
@@ -186,7 +198,7 @@ func (h *Host) followShards() {
 		h.pokeMu.Lock()
 		ch := h.poked
 		h.pokeMu.Unlock()
-		if err := errors.Join(h.openShards(), h.recordGroups(), h.recordPeers()); err != nil {
+		if err := errors.Join(h.openShards(), h.recordGroups(), h.recordPeers(), h.recordLevel()); err != nil {
 			h.cfg.OnFatal(err)
 			return
 		}
@@ -232,6 +244,8 @@ func (h *Host) await(ctx context.Context, what string, cond func() bool) error {
 			return fmt.Errorf("%w waiting for %s", ErrTimeout, what)
 		case <-h.removed:
 			return ErrRemoved
+		case <-h.refused:
+			return h.refusal
 		case <-h.stop:
 			return ErrStopped
 		}

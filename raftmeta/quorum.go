@@ -70,7 +70,7 @@ func (h *Host) recordPeers() error {
 // recordIdentity writes node.json with what has become known since it was opened.
 func (h *Host) recordIdentity() error {
 	id := h.identity
-	id.Groups, id.Peers = h.recorded, *h.seen.Load()
+	id.Groups, id.Peers, id.Level = h.recorded, *h.seen.Load(), h.recordedLevel
 	return writeIdentity(filepath.Join(h.cfg.DataDir, identityFile), id)
 }
 
@@ -110,7 +110,7 @@ func (h *Host) openPeers() error {
 	}
 	var err error
 	h.peers, err = peer.New(peer.Config{ServerID: h.identity.serverID(), ClusterID: h.identity.cluster(), Founders: h.identity.Founders, Secret: h.cfg.Secret, TLS: h.cfg.TLS,
-		Features: map[string]peer.Levels{"entry": {state.EntryLevel, state.EntryLevel}, "snapshot": {state.SnapshotLevel, state.SnapshotLevel}},
+		Features: h.features,
 		Listener: h.cfg.PeerListener, Dial: h.cfg.Dial, Slower: h.cfg.Slower, Resolve: h.resolve, OnForward: h.onForward, OnBehind: h.onBehind, StageDir: stage, Logger: h.cfg.Logger, Registerer: h.cfg.Registerer, Now: h.cfg.Now, Free: h.room,
 		GetBuffer: record.GetBuffer, PutBuffer: record.PutBuffer})
 	return err

@@ -205,7 +205,7 @@ func (s *survivor) close() error {
 }
 
 // replay gives the newest snapshot, if there is one, and then every command behind it, up to index upTo.
-func (s *survivor) replay(upTo uint64, restore func(io.Reader) error, apply func(*raft.Log)) error {
+func (s *survivor) replay(upTo uint64, restore func(io.Reader) error, apply func(*raft.Log) error) error {
 	from, err := s.log.FirstIndex()
 	if err != nil {
 		return err
@@ -234,7 +234,9 @@ func (s *survivor) replay(upTo uint64, restore func(io.Reader) error, apply func
 			return err
 		}
 		if e.Type == raft.LogCommand {
-			apply(&e)
+			if err := apply(&e); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -243,14 +245,20 @@ func (s *survivor) replay(upTo uint64, restore func(io.Reader) error, apply func
 func (s *survivor) replayMeta(upTo uint64) (m *state.Meta, err error) {
 	m = state.NewMeta()
 	err = s.replay(upTo, func(r io.Reader) (err error) { m, err = state.RestoreMeta(r); return err },
-		func(e *raft.Log) { m.Apply(state.RaftIndex(e.Index), state.Term(e.Term), e.Data) })
+		func(e *raft.Log) error {
+			m.Apply(state.RaftIndex(e.Index), state.Term(e.Term), e.Data)
+			return state.CheckLevel(m.FeatureLevel(), state.LevelNewest)
+		})
 	return m, err
 }
 
 func (s *survivor) replayShard(upTo uint64) (m *state.Shard, err error) {
 	m = state.NewShard(s.id)
 	err = s.replay(upTo, func(r io.Reader) (err error) { m, err = state.RestoreShard(r); return err },
-		func(e *raft.Log) { m.Apply(state.RaftIndex(e.Index), state.Term(e.Term), e.Data) })
+		func(e *raft.Log) error {
+			m.Apply(state.RaftIndex(e.Index), state.Term(e.Term), e.Data)
+			return state.CheckLevel(m.FeatureLevel(), state.LevelNewest)
+		})
 	return m, err
 }
 

@@ -16,12 +16,13 @@ import (
 
 // Status is the cluster as one node sees it.
 type Status struct {
-	ClusterID string         `json:"cluster_id"`
-	Node      int32          `json:"node"` // who tells
-	Shards    uint32         `json:"shards"`
-	Topics    int            `json:"topics"`
-	Members   []MemberStatus `json:"members"`
-	Groups    []GroupStatus  `json:"groups"`
+	ClusterID    string         `json:"cluster_id"`
+	Node         int32          `json:"node"` // who tells
+	Shards       uint32         `json:"shards"`
+	FeatureLevel uint32         `json:"feature_level"`
+	Topics       int            `json:"topics"`
+	Members      []MemberStatus `json:"members"`
+	Groups       []GroupStatus  `json:"groups"`
 }
 
 // What a node is to the cluster.
@@ -92,7 +93,7 @@ func (h *Host) Status(ctx context.Context) Status {
 	defer cancel()
 	c := h.Cluster()
 	groups := h.groups()
-	out := Status{ClusterID: h.ClusterID(), Node: h.cfg.NodeID, Shards: c.Shards, Topics: c.TopicCount(), Groups: make([]GroupStatus, len(groups))}
+	out := Status{ClusterID: h.ClusterID(), Node: h.cfg.NodeID, Shards: c.Shards, FeatureLevel: c.FeatureLevel(), Topics: c.TopicCount(), Groups: make([]GroupStatus, len(groups))}
 	var wg sync.WaitGroup
 	for i, g := range groups {
 		wg.Go(func() {

@@ -16,7 +16,7 @@ import (
 func clusterCommand(s streams) *cobra.Command {
 	return group("cluster", "Look at a running cluster and change its members", clusterHealth(s), clusterStatus(s),
 		group("members", "List, add and remove voters", membersList(s), membersAdd(s), membersRemove(s)),
-		group("leader", "Choose who leads a group", leaderTransfer(s)), clusterDrain(s, true), clusterDrain(s, false))
+		group("leader", "Choose who leads a group", leaderTransfer(s)), clusterDrain(s, true), clusterDrain(s, false), clusterUpgrade(s))
 }
 
 // clusterHealth asks a node whether it is ready. It is also the health check of a container: exit 0 ready, 3 not reachable,

@@ -70,6 +70,8 @@ func quorumFault(cfg *config, err error) error {
 		f.Code, f.Fix = "E_QUORUM_WAIT", "start the other voters; check their addresses"
 	case errors.Is(err, raftmeta.ErrRemoved):
 		return removedFault(cfg, err)
+	case errors.Is(err, raftmeta.ErrLevel):
+		return levelFault(cfg, err)
 	default:
 		return dataDirFault(cfg, err)
 	}
@@ -80,6 +82,12 @@ func quorumFault(cfg *config, err error) error {
 func removedFault(cfg *config, err error) error {
 	return &fault{Code: "E_NODE_REMOVED", Err: err, What: fmt.Sprintf("node %d (node.id, from %s) was removed from the cluster", cfg.Node.ID, cfg.from("node.id")),
 		Fix: fmt.Sprintf("nothing, if it should go. To have it back: empty %s, start it, estran cluster members add %d", cfg.Node.DataDir, cfg.Node.ID)}
+}
+
+// levelFault tells that this program is older than what its cluster has been raised to.
+func levelFault(cfg *config, err error) error {
+	return &fault{Code: "E_FEATURE_LEVEL", Err: err, What: fmt.Sprintf("data directory %s (node.data_dir, from %s): %s", cfg.Node.DataDir, cfg.from("node.data_dir"), oneLine(err)),
+		Fix: "start the newer program that the other nodes run; a feature level never falls"}
 }
 
 // dataDirFault explains what is wrong with the data directory.
@@ -113,6 +121,8 @@ func diskFault(cfg *config, err error) error {
 		return removedFault(cfg, err)
 	case errors.Is(err, raftmeta.ErrBehind):
 		return dataDirFault(cfg, err)
+	case errors.Is(err, raftmeta.ErrLevel):
+		return levelFault(cfg, err)
 	case errors.Is(err, errFenced):
 		return fencedFault(cfg, err)
 	case errors.Is(err, raftlog.ErrHung):

@@ -25,6 +25,7 @@ func clusterCommands(h *raftmeta.Host) map[string]func(context.Context, []byte) 
 	return map[string]func(context.Context, []byte) error{
 		"members/add":    command(func(ctx context.Context, r memberRequest) error { return h.AddMember(ctx, r.ID, r.Peer) }),
 		"members/remove": command(func(ctx context.Context, r memberRequest) error { return h.RemoveMember(ctx, r.ID) }),
+		"feature-level":  command(func(ctx context.Context, r levelRequest) error { return h.RaiseFeatureLevel(ctx, r.To) }),
 		"drain":          command(func(ctx context.Context, r drainRequest) error { return h.DrainNode(ctx, r.ID, r.On) }),
 		"leader": command(func(ctx context.Context, r leaderRequest) error {
 			g, ok := h.GroupNamed(r.Group)
@@ -44,6 +45,10 @@ type memberRequest struct {
 type drainRequest struct {
 	ID int32 `json:"id"`
 	On bool  `json:"on"`
+}
+
+type levelRequest struct {
+	To uint32 `json:"to,omitempty"` // 0 = the newest that the node knows
 }
 
 type leaderRequest struct {
@@ -164,7 +169,7 @@ func clusterStatus(s streams) *cobra.Command {
 			if n.format == "json" {
 				return json.NewEncoder(s.out).Encode(st)
 			}
-			fmt.Fprintf(s.out, "cluster %s, %d members, %d shards, %d topics, seen by node %d\n\n", st.ClusterID, members(st), st.Shards, st.Topics, st.Node)
+			fmt.Fprintf(s.out, "cluster %s, %d members, %d shards, %d topics, feature level %d, seen by node %d\n\n", st.ClusterID, members(st), st.Shards, st.Topics, st.FeatureLevel, st.Node)
 			printMembers(s.out, st)
 			fmt.Fprintln(s.out)
 			w := tabwriter.NewWriter(s.out, 0, 0, 2, ' ', 0)
@@ -367,6 +372,29 @@ func clusterDrain(s streams, on bool) *cobra.Command {
 			return nil
 		}}
 	c.Flags().BoolVar(&self, "self", false, "the node that --http names")
+	n.add(c)
+	return c
+}
+
+func clusterUpgrade(s streams) *cobra.Command {
+	var n nodeClient
+	var to uint32
+	c := &cobra.Command{Use: "upgrade [--to LEVEL]", Short: "Raise the feature level, once every node runs the new program", Args: usage(cobra.NoArgs),
+		Long: "Raise the cluster's feature level: from then on it uses, and writes, what only newer programs know. Start every node with the new program\nfirst: it is refused while one that votes does not know the level. A level never falls: an older program does not start any more.",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			level := uint32(0)
+			if err := n.change(cmd.Context(), s, "/v1/cluster/feature-level", levelRequest{to}, func(st raftmeta.Status) string {
+				if level = st.FeatureLevel; level < to {
+					return "the decision has not arrived"
+				}
+				return ""
+			}); err != nil {
+				return err
+			}
+			fmt.Fprintf(s.out, "feature level %d\n", level)
+			return nil
+		}}
+	c.Flags().Uint32Var(&to, "to", 0, "feature level; 0 = the newest that the node of --http knows")
 	n.add(c)
 	return c
 }

@@ -235,7 +235,7 @@ func (p *Peers) speak(c net.Conn, target string, cl class) (w welcome, err error
 	if err != nil {
 		return w, err
 	}
-	body, err := json.Marshal(hello{Cluster: p.cluster.Load().id, Server: p.cfg.ServerID, Target: target, Class: cl, Min: frameLeast, Max: frameVersion, Features: p.cfg.Features, Nonce: newNonce()})
+	body, err := json.Marshal(hello{Cluster: p.cluster.Load().id, Server: p.cfg.ServerID, Target: target, Class: cl, Min: frameLeast, Max: frameVersion, Features: p.cfg.Features(), Nonce: newNonce()})
 	if err != nil {
 		return w, err
 	}
@@ -277,7 +277,7 @@ func (p *Peers) accepts(c net.Conn, w *welcome) error {
 	if w.Version < frameLeast || w.Version > frameVersion {
 		return fmt.Errorf("%w: frames of version %d", ErrVersion, w.Version)
 	}
-	if err := compare(p.cfg.Features, w.Features); err != nil {
+	if err := compare(p.cfg.Features(), w.Features); err != nil {
 		return err
 	}
 	return tlsNames(c, w.Server)
@@ -363,7 +363,7 @@ func (p *Peers) judge(c net.Conn, d *hello) (version int, err error) {
 	if err := tlsNames(c, d.Server); err != nil {
 		return 0, err
 	}
-	if err := compare(p.cfg.Features, d.Features); err != nil {
+	if err := compare(p.cfg.Features(), d.Features); err != nil {
 		return 0, err
 	}
 	return agree(d.Min, d.Max)
@@ -372,7 +372,7 @@ func (p *Peers) judge(c net.Conn, d *hello) (version int, err error) {
 // welcome answers a dialer whose proof was right, and proves in its turn.
 func (p *Peers) welcome(t *talk, dialer string, version int, why error) error {
 	cluster := p.cluster.Load()
-	s, w := stepWelcome, welcome{Cluster: cluster.id, Founders: cluster.founders, Server: p.cfg.ServerID, Clock: p.cfg.Now().UnixMilli(), Version: version, Features: p.cfg.Features, Known: p.memory.of(dialer)}
+	s, w := stepWelcome, welcome{Cluster: cluster.id, Founders: cluster.founders, Server: p.cfg.ServerID, Clock: p.cfg.Now().UnixMilli(), Version: version, Features: p.cfg.Features(), Known: p.memory.of(dialer)}
 	if why != nil {
 		s, w = stepRefusal, welcome{Error: why.Error(), Gone: errors.Is(why, errNotTarget)}
 	}

@@ -53,8 +53,13 @@ func greet(t testing.TB, cfg Config, addr, target string, cl class, at times) er
 	return q.introduce(c, target, cl)
 }
 
+// levels is what a node says that knows levels of one feature.
+func levels(name string, least, most int) func() map[string]Levels {
+	return func() map[string]Levels { return map[string]Levels{name: {least, most}} }
+}
+
 func secretConfig(server string) Config {
-	return Config{ServerID: server, ClusterID: "c", Founders: []string{"1.aa"}, Secret: []byte("secret"), Features: map[string]Levels{"entry": {2, 4}}}
+	return Config{ServerID: server, ClusterID: "c", Founders: []string{"1.aa"}, Secret: []byte("secret"), Features: levels("entry", 2, 4)}
 }
 
 // Who is not a peer gets nothing, who is one but is not wanted is told why, and the node goes on.
@@ -73,11 +78,13 @@ func TestStrangers(t *testing.T) {
 		"itself":                 {func(c *Config) { c.ServerID = "1.aa" }, "1.aa", classBulk, ErrRefused},
 		"other target":           {func(*Config) {}, "1.old", classBulk, ErrRefused},
 		"unknown class":          {func(*Config) {}, "1.aa", "gossip", ErrRefused},
-		"levels that overlap":    {func(c *Config) { c.Features = map[string]Levels{"entry": {4, 9}} }, "1.aa", classBulk, nil},
-		"levels that are behind": {func(c *Config) { c.Features = map[string]Levels{"entry": {1, 1}} }, "1.aa", classBulk, ErrRefused},
-		"levels that are ahead":  {func(c *Config) { c.Features = map[string]Levels{"entry": {5, 9}} }, "1.aa", classBulk, ErrRefused},
-		"unknown feature":        {func(c *Config) { c.Features = map[string]Levels{"entry": {2, 2}, "wings": {7, 7}} }, "1.aa", classBulk, nil},
-		"lacking a feature":      {func(c *Config) { c.Features = nil }, "1.aa", classBulk, nil},
+		"levels that overlap":    {func(c *Config) { c.Features = levels("entry", 4, 9) }, "1.aa", classBulk, nil},
+		"levels that are behind": {func(c *Config) { c.Features = levels("entry", 1, 1) }, "1.aa", classBulk, ErrRefused},
+		"levels that are ahead":  {func(c *Config) { c.Features = levels("entry", 5, 9) }, "1.aa", classBulk, ErrRefused},
+		"unknown feature": {func(c *Config) {
+			c.Features = func() map[string]Levels { return map[string]Levels{"entry": {2, 2}, "wings": {7, 7}} }
+		}, "1.aa", classBulk, nil},
+		"lacking a feature": {func(c *Config) { c.Features = nil }, "1.aa", classBulk, nil},
 	} {
 		cfg := secretConfig("2.bb")
 		c.change(&cfg)

@@ -26,8 +26,8 @@ type Config struct {
 	// Secret or TLS authenticates both ends. Without either the listener must be on loopback.
 	Secret []byte
 	TLS    *TLS
-	// Features are what this node can do beyond frames; it speaks to nobody who has no level of one in common.
-	Features map[string]Levels
+	// Features are what this node can do beyond frames, now; it speaks to nobody who has no level of one in common. nil = nothing.
+	Features func() map[string]Levels
 	// Listener takes connections; Close closes it. nil = this node has no peers.
 	Listener net.Listener
 	// Resolve gives the address of a server ID.
@@ -132,6 +132,9 @@ func newPeers(cfg Config, t times) (*Peers, error) {
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
+	}
+	if cfg.Features == nil {
+		cfg.Features = func() map[string]Levels { return nil }
 	}
 	if cfg.Free == nil {
 		cfg.Free = func() int64 { return math.MaxInt64 }

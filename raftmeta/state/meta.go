@@ -333,6 +333,9 @@ func (m *Meta) OutboxEnd(s record.ShardID) uint64 {
 	return 0
 }
 
+// FeatureLevel is meta's.
+func (m *Meta) FeatureLevel() uint32 { return m.c.level }
+
 // Leader is the last LeaderStart applied.
 func (m *Meta) Leader() LeaderStart { return m.leader }
 
