@@ -181,35 +181,49 @@ func (r *request) encodeTopic(w *writer, m *topicMeta, shards map[record.ShardID
 	w.tags()
 }
 
-func (r *request) encodePartition(w *writer, t *state.Topic, p int32, shards map[record.ShardID]raftmeta.Replicas) {
+// partitionMeta is what clients are told of a partition.
+type partitionMeta struct {
+	code                   int16
+	leader, epoch          int32 // -1 = not known
+	replicas, isr, offline []int32
+}
+
+// partition describes a partition; what is known of its shard is kept in shards.
+func (r *request) partition(t *state.Topic, p int32, shards map[record.ShardID]raftmeta.Replicas) partitionMeta {
 	shard := t.Partitions[p].Shard
-	code, leader, epoch := codeNone, int32(-1), int32(-1)
+	d := partitionMeta{code: codeNone, leader: -1, epoch: -1}
 	if node, ok := r.s.b.Leader(shard); ok {
-		leader = node
+		d.leader = node
 		info, err := r.s.b.Partition(record.TopicPartition{Topic: t.ID, Partition: p})
 		if err == nil || errors.Is(err, raftmeta.ErrNotLeader) { // the epoch is known here too
-			epoch = int32(info.LeaderEpoch)
+			d.epoch = int32(info.LeaderEpoch)
 		}
 	} else {
-		code = codeLeaderNotAvailable
-	}
-	w.i16(code)
-	w.i32(p)
-	w.i32(leader)
-	if r.version >= 7 {
-		w.i32(epoch)
+		d.code = codeLeaderNotAvailable
 	}
 	have, ok := shards[shard]
 	if !ok {
 		have = r.s.b.Replicas(shard)
 		shards[shard] = have
 	}
-	replicas, isr := replicasOf(have, t.ReplicationFactor, leader)
-	down := r.s.offline(replicas)
-	w.i32s(replicas)
-	w.i32s(slices.DeleteFunc(isr, func(id int32) bool { return slices.Contains(down, id) }))
+	d.replicas, d.isr = replicasOf(have, t.ReplicationFactor, d.leader)
+	d.offline = r.s.offline(d.replicas)
+	d.isr = slices.DeleteFunc(d.isr, func(id int32) bool { return slices.Contains(d.offline, id) })
+	return d
+}
+
+func (r *request) encodePartition(w *writer, t *state.Topic, p int32, shards map[record.ShardID]raftmeta.Replicas) {
+	d := r.partition(t, p, shards)
+	w.i16(d.code)
+	w.i32(p)
+	w.i32(d.leader)
+	if r.version >= 7 {
+		w.i32(d.epoch)
+	}
+	w.i32s(d.replicas)
+	w.i32s(d.isr)
 	if r.version >= 5 {
-		w.i32s(down)
+		w.i32s(d.offline)
 	}
 	w.tags()
 }

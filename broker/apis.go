@@ -26,6 +26,7 @@ const (
 	keyDeleteGroups         int16 = 42
 	keyIncrementalAlter     int16 = 44
 	keyDescribeCluster      int16 = 60
+	keyDescribeTopicParts   int16 = 75
 )
 
 // api is one API key. handle decodes the body and answers, at once or later; an error closes the connection.
@@ -68,6 +69,7 @@ func apiList() []api {
 		{keyDeleteGroups, "DeleteGroups", 0, 2, 0, 2, handleDeleteGroups},
 		{keyIncrementalAlter, "IncrementalAlterConfigs", 0, 1, 0, 1, handleIncrementalAlterConfigs},
 		{keyDescribeCluster, "DescribeCluster", 0, 2, 0, 0, handleDescribeCluster},
+		{keyDescribeTopicParts, "DescribeTopicPartitions", 0, 0, 0, 0, handleDescribeTopicPartitions},
 	}
 }
 

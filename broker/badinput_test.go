@@ -19,7 +19,7 @@ import (
 )
 
 // schemas has the fields of every request in the lowest version that is served and in the highest, with values that are well-formed: what the cases of bad input are made from.
-// i8 to i64 and uuid are fixed; str, nstr, nbytes (n: nullable) have a length; [ ] is an array of one structure, ( ) of one plain value, n before them nullable too.
+// i8 to i64 and uuid are fixed; str, nstr, nbytes (n: nullable) have a length; [ ] is an array of one structure, ( ) of one plain value, { } a structure, n before them nullable too.
 var schemas = []struct {
 	key, version int16
 	fields       string
@@ -72,6 +72,8 @@ var schemas = []struct {
 	{keyIncrementalAlter, 1, "[ i8=2 str=t [ str=retention.ms i8=0 nstr=1 ] ] i8=0"},
 	{keyDescribeCluster, 0, "i8=0"},
 	{keyDescribeCluster, 2, "i8=0 i8=1 i8=0"},
+	{keyDescribeTopicParts, 0, "[ str=t ] i32=2000 i8=-1"},
+	{keyDescribeTopicParts, 0, "[ str=t ] i32=1 n{ str=t i32=0 }"},
 }
 
 // field is where a field of a body stands.
@@ -121,6 +123,11 @@ func (l *layout) structure(tokens []string, closing string) []string {
 			l.w.array(1)
 			l.note(token, at)
 			tokens = l.structure(tokens, "]")
+			continue
+		case "n{":
+			l.w.i8(1)
+			l.note(token, at)
+			tokens = l.structure(tokens, "}")
 			continue
 		case "(", "n(":
 			l.w.array(1)
