@@ -110,6 +110,8 @@ type config struct {
 
 	// origin says where a key's value came from: "default", "estran.yaml:5:3", "ESTRAN_STORAGE_URL", "--kafka-listen".
 	origin map[string]string
+	// fenceEvery is how often a node looks whether the cluster goes on without it. Only tests change it.
+	fenceEvery time.Duration
 }
 
 func defaultConfig() config {
@@ -129,6 +131,7 @@ func defaultConfig() config {
 	c.Log.Level, c.Log.Format = "info", "auto"
 	c.Kafka = map[string]any{}
 	c.origin = map[string]string{}
+	c.fenceEvery = 30 * time.Second
 	return c
 }
 

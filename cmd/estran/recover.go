@@ -72,12 +72,9 @@ func fencedFault(cfg *config, err error) error {
 		Fix: fmt.Sprintf("keep %s aside; with an empty directory the node can join what the cluster is now: estran cluster members add %d", cfg.Node.DataDir, cfg.Node.ID)}
 }
 
-// fenceEvery is how often a node looks whether the cluster goes on without it.
-const fenceEvery = 30 * time.Second
-
 // watchFence stops the node when the cluster was recovered from another's log.
 func (n *node) watchFence() {
-	t := time.NewTicker(fenceEvery)
+	t := time.NewTicker(n.cfg.fenceEvery)
 	defer t.Stop()
 	for {
 		select {
@@ -85,7 +82,7 @@ func (n *node) watchFence() {
 		case <-n.life.Done():
 			return
 		}
-		c, stop := context.WithTimeout(n.life, fenceEvery)
+		c, stop := context.WithTimeout(n.life, n.cfg.fenceEvery)
 		err := checkFence(c, n.bucket, n.host.RecoveryEpoch())
 		stop()
 		if errors.Is(err, errFenced) {
