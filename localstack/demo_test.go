@@ -84,22 +84,31 @@ func startDemo(t *testing.T, up bool, env []string, args ...string) *demoRun {
 	return d
 }
 
-// end waits for the demo and checks that it has left neither files nor processes.
+// end waits for the demo and checks that it has left no processes, and files only after a failure; then it says where they are.
 func (d *demoRun) end(t *testing.T) (code int) {
 	t.Helper()
 	err := d.cmd.Wait()
 	if e, ok := errors.AsType[*exec.ExitError](err); err != nil && (!ok || e.ExitCode() < 0) {
 		t.Errorf("the demo's end: %v", err)
 	}
-	if left, err := os.ReadDir(d.dir); err != nil || len(left) > 0 {
+	left, err := os.ReadDir(d.dir)
+	code = d.cmd.ProcessState.ExitCode()
+	switch failed := code != 0 && !strings.Contains(d.text(), "E_DEMO_INTERRUPTED"); {
+	case err != nil || !failed && len(left) > 0:
 		t.Errorf("it has left %v, %v", left, err)
+	case failed && (len(left) != 1 || !strings.Contains(d.text(), "files kept: "+filepath.Join(d.dir, left[0].Name())+"\n")):
+		t.Errorf("after a failure it has left %v, or does not say where", left)
+	case failed:
+		if logs, err := filepath.Glob(filepath.Join(d.dir, left[0].Name(), "*")); err != nil || len(logs) == 0 {
+			t.Errorf("nothing was kept of a failure: %v", err)
+		}
 	}
 	for _, m := range voterLine.FindAllStringSubmatch(d.text(), -1) { // those that were started again, too
 		if pid, _ := strconv.Atoi(m[1]); running(pid) {
 			t.Errorf("process %d still runs", pid)
 		}
 	}
-	return d.cmd.ProcessState.ExitCode()
+	return code
 }
 
 // running reports whether a process that is not this one's child does anything.

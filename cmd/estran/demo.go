@@ -62,7 +62,7 @@ func demoCommand(s streams) *cobra.Command {
 	c := &cobra.Command{Use: "demo", Short: "Run a whole cluster on this machine under load, and check every record", Args: usage(cobra.NoArgs),
 		Long: "Run voters as processes on loopback, a producer and a consumer group. Every acknowledged record must be consumed exactly once, in order and\n" +
 			"unchanged; if one is not, the exit code is 1. Ctrl-C ends the load and checks the rest, a second one stops at once. What was written is deleted at\n" +
-			"the end. ESTRAN_* and KAFKA_* variables reach the voters, except addresses, directories, the store and the log's format, which the demo chooses.",
+			"the end, unless something failed. ESTRAN_* and KAFKA_* variables reach the voters, except addresses, directories, the store and the log's format, which the demo chooses.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := d.validate(); err != nil {
 				return err
@@ -72,7 +72,7 @@ func demoCommand(s streams) *cobra.Command {
 	c.Flags().IntVar(&d.nodes, "nodes", 3, "number of voters: 1, 3 or 5")
 	c.Flags().StringVar(&d.rateText, "rate", "2MB/s", "how much to produce")
 	c.Flags().StringVar(&d.base, "dir", os.TempDir(), "where the demo makes its directory")
-	c.Flags().BoolVar(&d.keep, "keep", false, "keep the directory at the end")
+	c.Flags().BoolVar(&d.keep, "keep", false, "keep the directory at the end; after a failure it is always kept")
 	c.Flags().DurationVar(&d.killEvery, "kill-every", 0, "kill -9 a random voter this often and start it again; 0 = never")
 	c.Flags().DurationVar(&d.duration, "duration", 0, "end after this time; 0 = at Ctrl-C")
 	return c
@@ -135,7 +135,9 @@ func (d *demo) run() (err error) {
 		return &fault{Code: "E_DEMO_DIR", What: fmt.Sprintf("cannot make a directory in %s (--dir): %v", d.base, cause(err)), Fix: "--dir DIR, one that exists and is writable", Exit: exitUsage, Err: err}
 	}
 	defer func() {
-		if !d.keep {
+		if failed := err != nil && !errors.Is(err, demoInterrupted); failed {
+			fmt.Fprintf(d.s.err, "files kept: %s\n", d.dir) // what they tell is the only evidence
+		} else if !d.keep {
 			err = errors.Join(err, os.RemoveAll(d.dir))
 		}
 	}()
@@ -177,7 +179,7 @@ func voterFault(what string, err error) error {
 	first, rest, _ := strings.Cut(err.Error(), "\n")
 	lines := strings.Split(strings.TrimSpace(rest), "\n")
 	return &fault{Code: "E_DEMO_VOTER", What: what + ": " + first, Excerpt: "  " + strings.Join(lines[max(0, len(lines)-6):], "\n  "), Err: err,
-		Fix: "see above; with --keep all logs of the voters are kept"}
+		Fix: "see above; all logs of the voters are kept"}
 }
 
 func (d *demo) client(opts ...kgo.Opt) (*kgo.Client, error) {
@@ -200,7 +202,7 @@ func (d *demo) underLoad(took time.Duration) error {
 		return demoInterrupted
 	}
 	if err = errors.Join(err, r.Err); err != nil {
-		return &fault{Code: "E_DEMO_TOPIC", What: fmt.Sprintf("cannot create topic %s: %v", demoTopic, err), Fix: "start it again; with --keep all logs of the voters are kept", Err: err}
+		return &fault{Code: "E_DEMO_TOPIC", What: fmt.Sprintf("cannot create topic %s: %v", demoTopic, err), Fix: "start it again; all logs of the voters are kept", Err: err}
 	}
 	consumer, err := d.client(kgo.ConsumerGroup(demoTopic), kgo.ConsumeTopics(demoTopic), kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()), kgo.FetchMaxWait(500*time.Millisecond))
 	if err != nil {
@@ -420,7 +422,7 @@ func (d *demo) objects() (n int, size int64) {
 }
 
 func (d *demo) banner(took time.Duration) {
-	kept := "deleted at the end; --keep keeps it"
+	kept := "deleted at the end, unless something fails; --keep keeps it"
 	if d.keep {
 		kept = "kept at the end"
 	}

@@ -18,7 +18,7 @@ import (
 
 const (
 	demoSize   = 1000 // bytes of every record's value
-	demoReport = "report it, with the directory that --keep keeps"
+	demoReport = "report it, with the files that are kept"
 )
 
 // demoCheck knows what must be consumed. The demo alone writes to its topic, and its producer gives nothing up: a partition's record number N lies at offset N, and what is not
