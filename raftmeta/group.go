@@ -88,7 +88,7 @@ type group struct {
 	watch  watchers
 	recent recentIndex
 	// mending: a damaged entry is being repaired.
-	mending atomic.Bool
+	mending single
 
 	notify chan bool
 	stop   chan struct{}
@@ -337,6 +337,7 @@ func (g *group) appendResult(r state.AppendResult) AppendResult {
 // close stops the group. The callers of what is not decided learn that they do not know.
 func (g *group) close() error {
 	close(g.stop)
+	g.mending.close()
 	g.batcher.close()
 	err := errors.Join(g.trans.Close(), g.raft.Shutdown().Error()) // the transport first: raft waits for its calls
 	g.wg.Wait()

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/estran/estran/raftmeta/raftlog"
@@ -39,14 +40,9 @@ func (h *Host) Repair(ctx context.Context, s record.ShardID, tp record.TopicPart
 		return nil // it is no longer hot
 	}
 	ref := refs[0]
-	e, err := g.log.Entry(uint64(ref.Index), uint64(ref.Term))
+	all, where, err := g.directory(&ref)
 	if err != nil {
 		return err
-	}
-	defer e.Release()
-	all, err := state.DecodeSlots(e.Data)
-	if err != nil || ref.First+ref.Count > all.Len() {
-		return fmt.Errorf("%w: directory of entry %d (%v)", raftlog.ErrCorrupt, ref.Index, err)
 	}
 	var payload []byte
 	slots, bases, base := make([]state.Slot, 0, ref.Count), make([]record.Offset, 0, ref.Count), ref.Base
@@ -54,16 +50,30 @@ func (h *Host) Repair(ctx context.Context, s record.ShardID, tp record.TopicPart
 		slot := all.At(i)
 		b, err := g.fetchBatch(ctx, &slot, uint64(ref.Index), uint64(ref.Term))
 		if err != nil {
-			return fmt.Errorf("repairing offset %d of %s, entry %d in %s: %w", base, tp, ref.Index, e.Where(), err)
+			return fmt.Errorf("repairing offset %d of %s, entry %d in %s: %w", base, tp, ref.Index, where, err)
 		}
 		slot.Handle, slot.Pos = handle, uint32(len(payload))
 		payload, slots, bases = append(payload, b...), append(slots, slot), append(bases, base)
 		base += slot.Offsets()
 	}
 	if err = g.rehome(ctx, slots, bases, payload); err == nil {
-		g.log_.Warn("a damaged hot entry was repaired from another voter", "event", "hot.repaired", "partition", tp, "offset", ref.Base, "entry", ref.Index, "where", e.Where())
+		g.log_.Warn("a damaged hot entry was repaired from another voter", "event", "hot.repaired", "partition", tp, "offset", ref.Base, "entry", ref.Index, "where", where)
 	}
 	return err
+}
+
+// directory reads the batches of a ref's entry, and where its payload lies. The entry's file is held no longer: others may take their time to answer.
+func (g *group) directory(ref *state.HotRef) (all state.Slots, where string, err error) {
+	e, err := g.log.Entry(uint64(ref.Index), uint64(ref.Term))
+	if err != nil {
+		return all, "", err
+	}
+	defer e.Release()
+	all, err = state.DecodeSlots(e.Data)
+	if err != nil || ref.First+ref.Count > all.Len() {
+		return all, "", fmt.Errorf("%w: directory of entry %d (%v)", raftlog.ErrCorrupt, ref.Index, err)
+	}
+	return all, e.Where(), nil
 }
 
 // fetchBatch gets a batch from the first other voter that has it as its slot says.
@@ -130,13 +140,44 @@ func (h *Host) payloadFor(group uint32, a payloadAsked) forwardedResult {
 	return forwardedResult{Payload: b}
 }
 
-// mend repairs what a read has found damaged, one entry at a time: the reader's next attempt finds it.
-func (g *group) mend(tp record.TopicPartition, offset record.Offset) {
-	if g.leads.Load() == 0 || !g.mending.CompareAndSwap(false, true) {
+// single lets one thing at a time begin, and none any more once it is closed.
+type single struct {
+	mu           sync.Mutex
+	busy, closed bool
+}
+
+// begin starts f, if it may, and counts it in wg: who waits for wg closes first.
+func (s *single) begin(wg *sync.WaitGroup, f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.busy || s.closed {
 		return
 	}
-	g.wg.Go(func() {
-		defer g.mending.Store(false)
+	s.busy = true
+	wg.Go(func() {
+		defer s.end()
+		f()
+	})
+}
+
+func (s *single) end() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.busy = false
+}
+
+func (s *single) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+}
+
+// mend repairs what a read has found damaged, one entry at a time: the reader's next attempt finds it.
+func (g *group) mend(tp record.TopicPartition, offset record.Offset) {
+	if g.leads.Load() == 0 {
+		return
+	}
+	g.mending.begin(&g.wg, func() {
 		ctx, cancel := context.WithTimeout(g.host.ctx, repairTime)
 		defer cancel()
 		if err := g.host.Repair(ctx, g.id, tp, offset); err != nil && ctx.Err() == nil {

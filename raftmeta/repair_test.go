@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/estran/estran/raftmeta/raftlog"
@@ -111,5 +112,40 @@ func TestDamageThatNobodyCanRepair(t *testing.T) {
 	}
 	if err := h.Repair(t.Context(), shard, tp, 9); err != nil {
 		t.Errorf("what is not hot needs no repair: %v", err)
+	}
+}
+
+// Reads find damage while the node closes. A repair that has begun is waited for, and none begins afterwards.
+func TestNoRepairAfterClose(t *testing.T) {
+	h := openHost(t, t.TempDir(), nil)
+	topic := newTopic(t, h, "t", 1)
+	g := h.shardByID(topic.Partitions[0].Shard)
+	tp := record.TopicPartition{Topic: topic.ID}
+	appendSync(t, h, AppendBatch{tp, batchOf(t, -1, -1, "a")})
+	stop := make(chan struct{})
+	var reads sync.WaitGroup
+	for range 4 {
+		reads.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					g.mend(tp, 0)
+				}
+			}
+		})
+	}
+	if err := h.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+	close(stop)
+	reads.Wait()
+	var after sync.WaitGroup
+	began := false
+	g.mending.begin(&after, func() { began = true })
+	after.Wait()
+	if began {
+		t.Error("a repair has begun in a closed group")
 	}
 }

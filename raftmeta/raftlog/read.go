@@ -87,7 +87,7 @@ func (l *Log) Lend(es []*raft.Log) (back func()) {
 type Entry struct {
 	Type       raft.LogType
 	AppendedAt time.Time
-	// Data is the entry's Data, checked against its CRC. It must not be changed.
+	// Data is the entry's Data, checked against its CRC. It must not be changed; it stays valid after Release.
 	Data []byte
 	// Payload is the whole payload if it is in memory, else nil. It must not be changed; it stays valid after Release.
 	Payload []byte
