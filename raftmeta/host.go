@@ -31,7 +31,6 @@ type Host struct {
 	shards     atomic.Pointer[[]*group] // shard i+1 at i; only longer lists replace it
 	shardCount int
 	seen       atomic.Pointer[map[int32]string] // where other nodes were last, by node.json
-	known      []peer.Peer                      // who answered when this node started, and what they remember of it
 	recorded   []uint32                         // the groups that node.json says have been here; of open, then of followShards
 
 	level         atomic.Uint32 // the highest feature level that was seen in force
@@ -107,8 +106,7 @@ func (h *Host) open(ctx context.Context) error {
 			return err
 		}
 	}
-	var silent []string
-	if h.known, silent = h.askPeers(ctx); len(silent) > 0 {
+	if silent := h.askPeers(ctx); len(silent) > 0 {
 		h.wg.Go(func() { h.askLater(silent) })
 	}
 	if h.meta, err = openGroup(h, 0, filepath.Join(h.cfg.DataDir, "meta")); err != nil {

@@ -247,8 +247,8 @@ func (h *Host) recordGroups() error {
 // rememberTime bounds how long a start waits for what others remember of this node: one that hangs is not waited for.
 const rememberTime = time.Second
 
-// askPeers asks all nodes of this cluster whose address is known who they are; silent are the addresses where nobody answers.
-func (h *Host) askPeers(ctx context.Context) (out []peer.Peer, silent []string) {
+// askPeers asks all nodes whose address is known what they remember of this one, which notBehind compares; silent are the addresses where nobody answers.
+func (h *Host) askPeers(ctx context.Context) (silent []string) {
 	ctx, cancel := context.WithTimeout(ctx, rememberTime)
 	defer cancel()
 	addrs := map[string]bool{}
@@ -265,19 +265,15 @@ func (h *Host) askPeers(ctx context.Context) (out []peer.Peer, silent []string) 
 			continue
 		}
 		wg.Go(func() {
-			p, err := h.peers.Ask(ctx, addr)
-			mu.Lock()
-			defer mu.Unlock()
-			switch {
-			case err != nil:
+			if _, err := h.peers.Ask(ctx, addr); err != nil {
+				mu.Lock()
+				defer mu.Unlock()
 				silent = append(silent, addr)
-			case p.Cluster == h.identity.cluster():
-				out = append(out, p)
 			}
 		})
 	}
 	wg.Wait()
-	return out, silent
+	return silent
 }
 
 // askLaterMost is the longest pause between two questions to a node that did not answer at the start.
@@ -308,10 +304,8 @@ func (g *group) notBehind() error {
 		return err
 	}
 	here := peer.Standing{Term: g.stable.Term(), LastIndex: last}
-	for _, p := range g.host.known {
-		if why := p.Known[uint32(g.id)].Behind(here); why != "" {
-			return fmt.Errorf("%w: group %d: by what %s remembers %s", ErrBehind, g.id, p.Server, why)
-		}
+	if why := g.host.peers.Behind(uint32(g.id), here); why != "" {
+		return fmt.Errorf("%w: group %d: %s", ErrBehind, g.id, why)
 	}
 	return nil
 }

@@ -102,14 +102,29 @@ func (t *Transport) compare(peer string, known Standing) (there, behind bool) {
 
 // lateRecall does what recall could not; it reports whether this instance is behind, and must not answer.
 func (t *Transport) lateRecall() (behind bool) {
-	t.p.mu.Lock()
-	left := t.p.recalled[t.g.ID]
-	delete(t.p.recalled, t.g.ID)
-	t.p.recalls.Store(int64(len(t.p.recalled)))
-	t.p.mu.Unlock()
-	for peer, known := range left {
+	for peer, known := range t.p.take(t.g.ID) {
 		_, b := t.compare(peer, known) // a message for an instance comes when it is there
 		behind = behind || b
 	}
 	return behind
+}
+
+// take gives what peers have told of a group that was not there yet, once.
+func (p *Peers) take(group uint32) map[string]Standing {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	out := p.recalled[group]
+	delete(p.recalled, group)
+	p.recalls.Store(int64(len(p.recalled)))
+	return out
+}
+
+// Behind says what a group that is about to be opened at s lacks of what peers have told of it; "" if nothing.
+func (p *Peers) Behind(group uint32, s Standing) string {
+	for peer, known := range p.take(group) {
+		if why := known.Behind(s); why != "" {
+			return fmt.Sprintf("by what %s remembers %s", peer, why)
+		}
+	}
+	return ""
 }
