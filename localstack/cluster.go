@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 )
@@ -18,7 +19,9 @@ type Cluster struct {
 	Objects string   // directory of the store that they share
 	Storage string   // URL of another store; "" = Objects
 	Network *Network // that they reach one another through; nil = directly
-	Disks   int64    // size of a disk of its own for each voter (MakeDisk); 0 = they share the machine's
+	// Namespaces give each a network of its own; nil = they share this process's.
+	Namespaces *Namespaces
+	Disks      int64 // size of a disk of its own for each voter (MakeDisk); 0 = they share the machine's
 
 	program, dir string
 	size         int
@@ -73,7 +76,21 @@ func (c *Cluster) begin(ctx context.Context) error {
 // describe makes nodes that are not started, with directories that are empty: what an attempt before has left knows other addresses.
 func (c *Cluster) describe(ports []int) error {
 	c.Nodes = nil
-	address := func(i int) string { return fmt.Sprintf("127.0.0.1:%d", ports[i]) }
+	address := func(i int) string {
+		host := "127.0.0.1"
+		if c.Namespaces != nil {
+			host = c.Namespaces.host(i/3 + 1)
+		}
+		return fmt.Sprintf("%s:%d", host, ports[i])
+	}
+	env := slices.Clone(c.env)
+	if c.Namespaces != nil { // their peers' listeners are not on loopback
+		secret := filepath.Join(c.dir, "secret")
+		if err := os.WriteFile(secret, []byte("the secret of these voters"), 0o600); err != nil {
+			return fmt.Errorf("localstack: %w", err)
+		}
+		env = append(env, "ESTRAN_QUORUM_SECRET_FILE="+secret)
+	}
 	storage := cmp.Or(c.Storage, "file://"+filepath.ToSlash(c.Objects))
 	if err := errors.Join(os.RemoveAll(c.Objects), os.MkdirAll(c.Objects, 0o755)); err != nil {
 		return fmt.Errorf("localstack: %w", err)
@@ -100,9 +117,12 @@ func (c *Cluster) describe(ports []int) error {
 			data, disk = filepath.Join(dir, "data"), dir
 		}
 		n := NewNode(c.program, data, append([]string{"ESTRAN_STORAGE_URL=" + storage, "ESTRAN_QUORUM_VOTERS=" + strings.Join(voters, ","),
-			fmt.Sprint("ESTRAN_NODE_ID=", i+1)}, c.env...))
+			fmt.Sprint("ESTRAN_NODE_ID=", i+1)}, env...))
 		n.Peer, n.Kafka, n.http, n.attr = address(3*i), address(3*i+1), address(3*i+2), leash()
 		n.Disk = disk
+		if c.Namespaces != nil {
+			n.enter = c.Namespaces.enter(i + 1)
+		}
 		n.Log = func(line string) { fmt.Fprintln(log, line) } // a log that cannot be written is no reason to end
 		c.Nodes = append(c.Nodes, n)
 	}

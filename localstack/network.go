@@ -17,7 +17,8 @@ type Network struct {
 	doors []net.Listener
 	wg    sync.WaitGroup
 	shut  bool
-	hits  int // chunks that met a fault
+	host  string // where the proxies listen
+	hits  int    // chunks that met a fault
 }
 
 // Fault is what happens to the bytes of a way.
@@ -53,12 +54,12 @@ type pipe struct {
 
 // NewNetwork makes a network in which everything arrives.
 func NewNetwork() *Network {
-	return &Network{ways: map[[2]int]*way{}, pipes: map[*pipe]struct{}{}}
+	return &Network{ways: map[[2]int]*way{}, pipes: map[*pipe]struct{}{}, host: "127.0.0.1"}
 }
 
 // Proxy returns the address at which `from` reaches `to`, whose listener is at target.
 func (n *Network) Proxy(from, to int, target string) (addr string, err error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", net.JoinHostPort(n.host, "0"))
 	if err != nil {
 		return "", fmt.Errorf("localstack: %w", err)
 	}

@@ -40,6 +40,7 @@ type Node struct {
 	env     []string
 	http    string               // to listen on
 	attr    *syscall.SysProcAttr // of the process; it may be nil
+	enter   []string             // the command that the process is started by, where it is not to run here
 	cmd     *exec.Cmd
 	done    chan struct{}
 	err     error
@@ -71,7 +72,8 @@ type ready struct {
 // Start starts the process and returns when it serves. A later Start uses the same Kafka port.
 func (n *Node) Start(ctx context.Context) error {
 	args := append([]string{"serve", "--data-dir", n.dir, "--kafka-listen", n.Kafka, "--http-listen", n.http, "--peer-listen", n.Peer}, n.args...)
-	cmd := exec.Command(n.program, args...)
+	line := append(append(slices.Clone(n.enter), n.program), args...)
+	cmd := exec.Command(line[0], line[1:]...)
 	cmd.Env, cmd.SysProcAttr = append(os.Environ(), n.env...), n.attr
 	pipe, err := cmd.StderrPipe()
 	if err != nil {
