@@ -86,6 +86,14 @@ func main() {
 		}
 		return
 	}
+	kinds, err := choose(c.nemeses)
+	if err == nil {
+		err = isolate(kinds, os.Stdout)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 	r, err := run(ctx, c, os.Stdout)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -172,6 +180,16 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 		"KAFKA_LOG_MESSAGE_TIMESTAMP_AFTER_MAX_MS=9223372036854775807", // wrong clocks would refuse records with right ones
 		fmt.Sprint("ESTRAN_QUORUM_SHARDS=", shards), "ESTRAN_TEST_CLOCK="+dir)...)
 	cluster.Storage, cluster.Network = store.URL("estran"), network
+	ns, kinds, err := namespaces(kinds, voters, rng, out)
+	if err != nil {
+		return err
+	}
+	if ns != nil {
+		defer func() { err = errors.Join(err, ns.Close()) }()
+		if err := attach(cluster, ns, store); err != nil {
+			return err
+		}
+	}
 	if slices.ContainsFunc(kinds, func(n nemesis) bool { return n.disk }) {
 		cluster.Disks = diskBytes
 	}

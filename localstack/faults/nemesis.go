@@ -41,6 +41,8 @@ type nemesis struct {
 	// What it needs: so many voters (0 = three), disks of their own, clocks that can be wrong.
 	voters      int
 	disk, clock bool
+	// proxies and netns: that its voters reach one another through proxies, or have networks of their own.
+	proxies, netns bool
 }
 
 var nemeses = []nemesis{
@@ -56,8 +58,10 @@ var nemeses = []nemesis{
 
 	{name: "clock", begin: clockJump(one), clock: true}, {name: "clock-two", begin: clockJump(majority), clock: true}, {name: "clock-all", begin: clockJump(all), clock: true},
 
-	{name: "partition", begin: cut(localstack.Swallowed, apart)}, {name: "partition-held", begin: cut(localstack.Held, apart)},
-	{name: "one-way", begin: cut(localstack.Swallowed, mute)}, {name: "bridge", begin: cut(localstack.Swallowed, bridge)}, {name: "ring", begin: cut(localstack.Swallowed, ring), voters: 5},
+	{name: "partition", begin: cut(localstack.Swallowed, apart), proxies: true}, {name: "partition-held", begin: cut(localstack.Held, apart), proxies: true},
+	{name: "one-way", begin: cut(localstack.Swallowed, mute), proxies: true}, {name: "bridge", begin: cut(localstack.Swallowed, bridge), proxies: true}, {name: "ring", begin: cut(localstack.Swallowed, ring), voters: 5, proxies: true},
+	{name: "netns-partition", begin: lose(apart), netns: true}, {name: "netns-one-way", begin: lose(mute), netns: true}, {name: "netns-bridge", begin: lose(bridge), netns: true},
+	{name: "netns-cut", begin: unplug, netns: true},
 
 	{name: "store-down", begin: script(localstack.Step{Reset: true})}, {name: "store-503", begin: script(localstack.Step{Status: 503, Code: "SlowDown"})},
 	{name: "store-silent", begin: script(localstack.Step{Silent: true, Times: 3})}, {name: "store-flipped-put", begin: script(localstack.Step{Op: "put", Flip: 100, Times: 3})},
