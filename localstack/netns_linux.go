@@ -24,7 +24,7 @@ type Namespaces struct {
 // returns only in one that is isolated, or with an error.
 func Isolate() error {
 	if slices.Contains(os.Environ(), isolated) {
-		return nil
+		return commands("ip link set lo up")
 	}
 	if err := namespacesHere(); err != nil {
 		return err
@@ -89,7 +89,7 @@ func NewNamespaces(voters int) (_ *Namespaces, err error) {
 			err = fmt.Errorf("%w: %w", ErrNoNamespaces, errors.Join(err, n.Close()))
 		}
 	}()
-	if err := commands("ip link set lo up", "ip link add br0 type bridge", "ip addr add "+bridgeHost+"/24 dev br0", "ip link set br0 up",
+	if err := commands("ip link add br0 type bridge", "ip addr add "+bridgeHost+"/24 dev br0", "ip link set br0 up",
 		"ip link add estran-sink type veth peer name "+lostDevice, "ip link set "+lostDevice+" address "+lostMAC, "ip link set estran-sink master br0 up", "ip link set "+lostDevice+" up"); err != nil {
 		return nil, err
 	}

@@ -16,6 +16,9 @@ import (
 // inIsolation reports whether this process has a network of its own; where it has not, the test is run again in one that has, and skipped or failed as it was there.
 func inIsolation(t *testing.T) bool {
 	if slices.Contains(os.Environ(), isolated) {
+		if err := Isolate(); err != nil {
+			t.Fatal(err)
+		}
 		return true
 	}
 	if testing.Short() {

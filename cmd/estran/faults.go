@@ -70,8 +70,6 @@ func quorumFault(cfg *config, err error) error {
 		f.Code, f.Fix = "E_QUORUM_WAIT", "start the other voters; check their addresses"
 	case errors.Is(err, raftmeta.ErrRemoved):
 		return removedFault(cfg, err)
-	case errors.Is(err, raftmeta.ErrLevel):
-		return levelFault(cfg, err)
 	default:
 		return dataDirFault(cfg, err)
 	}
@@ -84,12 +82,6 @@ func removedFault(cfg *config, err error) error {
 		Fix: fmt.Sprintf("nothing, if it should go. To have it back: empty %s, start it, estran cluster members add %d", cfg.Node.DataDir, cfg.Node.ID)}
 }
 
-// levelFault tells that this program is older than what its cluster has been raised to.
-func levelFault(cfg *config, err error) error {
-	return &fault{Code: "E_FEATURE_LEVEL", Err: err, What: fmt.Sprintf("data directory %s (node.data_dir, from %s): %s", cfg.Node.DataDir, cfg.from("node.data_dir"), oneLine(err)),
-		Fix: "start the newer program that the other nodes run; a feature level never falls"}
-}
-
 // dataDirFault explains what is wrong with the data directory.
 func dataDirFault(cfg *config, err error) error {
 	f := &fault{Code: "E_DATA_DIR", Err: err, What: fmt.Sprintf("data directory %s (node.data_dir, from %s): %v", cfg.Node.DataDir, cfg.from("node.data_dir"), err),
@@ -97,6 +89,8 @@ func dataDirFault(cfg *config, err error) error {
 	switch {
 	case errors.Is(err, raftmeta.ErrLocked):
 		f.Code, f.Fix = "E_DATA_DIR_LOCKED", "stop the other process, or give this one a directory of its own with --data-dir"
+	case errors.Is(err, raftmeta.ErrLevel):
+		f.Code, f.Fix = "E_FEATURE_LEVEL", "start the newer program that the other nodes run; a feature level never falls"
 	case errors.Is(err, raftmeta.ErrRecovering):
 		f.Code, f.Fix = "E_RECOVERING", "run estran recover again: it goes on where it stopped"
 	case errors.Is(err, raftmeta.ErrBehind):
@@ -119,10 +113,8 @@ func diskFault(cfg *config, err error) error {
 	switch {
 	case errors.Is(err, raftmeta.ErrRemoved):
 		return removedFault(cfg, err)
-	case errors.Is(err, raftmeta.ErrBehind):
+	case errors.Is(err, raftmeta.ErrBehind), errors.Is(err, raftmeta.ErrLevel):
 		return dataDirFault(cfg, err)
-	case errors.Is(err, raftmeta.ErrLevel):
-		return levelFault(cfg, err)
 	case errors.Is(err, errFenced):
 		return fencedFault(cfg, err)
 	case errors.Is(err, raftlog.ErrHung):

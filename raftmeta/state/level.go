@@ -36,8 +36,13 @@ type RaiseFeatureLevel struct{ To uint32 }
 // FeatureLevel is the feature level of meta; the shards follow.
 func (c *Cluster) FeatureLevel() uint32 { return c.level }
 
-// Behind are the nodes, by ID, that keep the cluster from a level: members, and who was one and may still vote, whose program does not know it.
+// Behind are the nodes that keep the cluster from a level: members, and who was one and may still vote, whose program does not know it, or that have not said what it knows.
 func (c *Cluster) Behind(level uint32) (out []Node) {
+	for _, id := range c.Members() {
+		if _, ok := c.nodes[id]; !ok && level > LevelFirst {
+			out = append(out, Node{ID: id})
+		}
+	}
 	for _, n := range c.Registered() {
 		if (n.Left || c.Member(n.ID)) && n.level() < level {
 			out = append(out, n)

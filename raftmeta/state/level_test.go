@@ -41,8 +41,6 @@ func TestFeatureLevelIsRaised(t *testing.T) {
 	m, s, do, deliver := quorumOf(t)
 	node := func(id int32, level uint32) Command { return RegisterNode{Node{ID: id, Peer: "p", Level: level}} }
 	do(node(1, 2))
-	do(node(2, 0)) // a program that has never heard of levels
-	do(node(3, 1)) // no member
 	check := func(what string, got Result, code Code, level uint32) {
 		t.Helper()
 		deliver()
@@ -50,6 +48,9 @@ func TestFeatureLevelIsRaised(t *testing.T) {
 			t.Errorf("%s: %+v, meta is at level %d, the shard at %d; want code %d and level %d", what, got, m.View().FeatureLevel(), s.FeatureLevel(), code, level)
 		}
 	}
+	check("node 2 has not registered", do(RaiseFeatureLevel{2}), Invalid, 1)
+	do(node(2, 0)) // a program that has never heard of levels
+	do(node(3, 1)) // no member
 	r := do(RaiseFeatureLevel{2})
 	check("node 2 is behind", r, Invalid, 1)
 	if behind, _ := r.Value.([]Node); len(behind) != 1 || behind[0].ID != 2 {
