@@ -201,20 +201,16 @@ func TestBudgetsAcrossVoters(t *testing.T) {
 		return err
 	}
 	until(t, "the third to be full", func() bool { _ = write(); return c.hosts[2].room() < 0 })
-	lead := 0
-	until(t, "one of the others to lead, and to know it", func() bool {
-		for lead = range 2 {
-			if r, ok := c.hosts[lead].peers.Report(c.hosts[2].identity.serverID(), time.Hour); ok && r.Free < 0 && leads(lead) {
-				return true
-			}
-		}
-		return false
-	})
-	for want := n + 10; n < want; {
-		if err := write(); errors.Is(err, ErrBudget) {
-			t.Fatalf("refused although the full voter is not needed: %v", err)
-		}
+	lead := int(c.hosts[0].shardByID(shard).preferred()) - 1 // whoever leads meanwhile gives it back
+	if lead == 2 {
+		t.Fatalf("node 3 should lead shard %d", shard)
 	}
+	until(t, "the preferred node to lead, and to know that the third is full", func() bool {
+		r, ok := c.hosts[lead].peers.Report(c.hosts[2].identity.serverID(), time.Hour)
+		return ok && r.Free < 0 && leads(lead)
+	})
+	want := n + 10 // a refusal is right while nothing is heard of the other, which a busy machine may cause
+	until(t, "records to be taken though one voter is full", func() bool { _ = write(); return n >= want })
 	c.stop(1 - lead)
 	until(t, "a refusal", func() bool {
 		err := write()
@@ -223,9 +219,7 @@ func TestBudgetsAcrossVoters(t *testing.T) {
 	if h := c.hosts[lead]; h.FreeBudget() < h.cfg.HotMaxBytes/2 {
 		t.Errorf("the leader has %d bytes left: it refuses for itself", h.FreeBudget())
 	}
-	if _, err := c.hosts[lead].DeleteRecords(t.Context(), tp, 1); err != nil { // what makes room is always let in
-		t.Errorf("deleting records: %v", err)
-	}
+	decided(t, "records to be deleted", func() error { _, err := c.hosts[lead].DeleteRecords(t.Context(), tp, 1); return err }) // what makes room is always let in
 	c.start(1 - lead)
 	until(t, "the others to go on without it", func() bool { return write() == nil })
 }

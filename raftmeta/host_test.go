@@ -13,7 +13,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"github.com/estran/estran/raftmeta/raftlog"
 	"github.com/estran/estran/raftmeta/state"
@@ -31,7 +30,7 @@ func openHost(t testing.TB, dir string, change func(*Config)) *Host {
 	if change != nil {
 		change(&cfg)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), waitMost)
 	defer cancel()
 	h, err := Open(ctx, cfg)
 	if err != nil {
@@ -46,10 +45,8 @@ func newTopic(t testing.TB, h *Host, name string, partitions int32) *state.Topic
 	for {
 		topic, err := createTopic(t.Context(), h, TopicSpec{Name: name, Partitions: partitions, ReplicationFactor: 1, Parsed: state.PartitionConfig{RetentionMs: -1, RetentionBytes: -1}})
 		if errors.Is(err, ErrTopicExists) { // made before an election
-			topic, ok := h.Cluster().Topic(name)
-			if ok {
-				return topic
-			}
+			until(t, "the topic to be known", func() (ok bool) { topic, ok = h.Cluster().Topic(name); return ok })
+			return topic
 		}
 		if err == nil {
 			return topic
@@ -57,6 +54,31 @@ func newTopic(t testing.TB, h *Host, name string, partitions int32) *state.Topic
 		if !moved(err) || t.Context().Err() != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// decided repeats what was asked for until it is decided: leadership may be lost on the way, and on a busy machine voters answer too late to be counted.
+func decided(t testing.TB, what string, ask func() error) {
+	t.Helper()
+	until(t, what, func() bool {
+		err := ask()
+		if err != nil && !moved(err) && !errors.Is(err, ErrMajority) {
+			t.Fatalf("%s: %v", what, err)
+		}
+		return err == nil
+	})
+}
+
+// snapshotNow takes a snapshot. raft refuses one as long as a configuration is committed and not applied.
+func snapshotNow(t testing.TB, g *group) {
+	t.Helper()
+	var err error
+	until(t, "a snapshot", func() bool {
+		err = g.snapshot()
+		return err == nil || !strings.Contains(err.Error(), "wait until the configuration entry")
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -152,9 +174,7 @@ func TestAppendReadRestart(t *testing.T) {
 		}
 		if life == 1 { // a snapshot in between changes nothing
 			for _, g := range h.groups() {
-				if err := g.snapshot(); err != nil {
-					t.Fatal(err)
-				}
+				snapshotNow(t, g)
 			}
 		}
 		if err := h.Close(t.Context()); err != nil {
@@ -318,9 +338,7 @@ func TestBudget(t *testing.T) {
 	if _, err := h.DeleteRecords(t.Context(), tp, -1); err != nil { // control commands are always admitted
 		t.Fatal(err)
 	}
-	if err := h.shardList()[0].snapshot(); err != nil {
-		t.Fatal(err)
-	}
+	snapshotNow(t, h.shardList()[0])
 	// The refused batch must come again before a later one of its producer is taken.
 	seq := record.Sequence(info.HighWatermark)
 	if r := appendSync(t, h, AppendBatch{tp, batchOf(t, 3, seq+1, "late")})[0]; !errors.Is(r.Err, ErrBudget) {

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -157,7 +158,11 @@ func TestFollowersRefuse(t *testing.T) {
 		if i == lead {
 			continue
 		}
+		term := h.shardByID(shard).raft.CurrentTerm()
 		if r := appendSync(t, h, AppendBatch{w.tp, batchOf(t, -1, -1, "astray")})[0]; !errors.Is(r.Err, ErrNotLeader) {
+			if h.shardByID(shard).raft.CurrentTerm() > term {
+				t.Skip("the machine is so busy that a follower was elected meanwhile")
+			}
 			t.Errorf("node %d: %v", i+1, r.Err)
 		}
 		if err := h.shardByID(shard).raft.Apply([]byte("astray"), 0).Error(); !errors.Is(err, raft.ErrNotLeader) {
@@ -303,7 +308,7 @@ func TestEveryRequestIsAnsweredOnce(t *testing.T) {
 	h := c.hosts[c.leads(shard)]
 	until(t, "the partition", func() bool { _, err := h.Partition(w.tp); return err == nil })
 	var mu sync.Mutex
-	answers, bases := map[int]int{}, map[int]record.Offset{}
+	answers, bases, astray := map[int]int{}, map[int]record.Offset{}, map[int]bool{}
 	var wg sync.WaitGroup
 	sizes := []int{1, 2, 1000, 1, 500, 2, 2, 1000, 1}
 	for i, n := range sizes {
@@ -318,7 +323,7 @@ func TestEveryRequestIsAnsweredOnce(t *testing.T) {
 			if answers[i]++; answers[i] == 1 {
 				wg.Done()
 			}
-			if r[0].Err != nil {
+			if astray[i] = moved(r[0].Err); r[0].Err != nil && !astray[i] {
 				t.Errorf("request %d: %v", i, r[0].Err)
 			}
 			bases[i] = r[0].Base
@@ -331,6 +336,9 @@ func TestEveryRequestIsAnsweredOnce(t *testing.T) {
 	for i, n := range sizes {
 		if answers[i] != 1 {
 			t.Errorf("request %d was answered %d times", i, answers[i])
+		}
+		if astray[i] { // the leadership was lost meanwhile: that is an answer too
+			continue
 		}
 		for k := range n {
 			if at := int(bases[i]) + k; at >= len(all) || all[at] != fmt.Sprint(i) {
@@ -351,13 +359,14 @@ func TestForwardToANodeThatStarts(t *testing.T) {
 	}
 	for range 5 {
 		c.stop(2)
-		stop, answered := make(chan struct{}), 0
+		stop := make(chan struct{})
+		var answered atomic.Int64
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			for {
 				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 				if _, err := from.peers.Forward(ctx, to, 0, body); err == nil {
-					answered++
+					answered.Add(1)
 				}
 				cancel()
 				select {
@@ -368,11 +377,9 @@ func TestForwardToANodeThatStarts(t *testing.T) {
 			}
 		})
 		c.start(2)
+		until(t, "an answer", func() bool { return answered.Load() > 0 })
 		close(stop)
 		wg.Wait()
-		if answered == 0 {
-			t.Fatal("nothing was answered")
-		}
 	}
 }
 
@@ -439,7 +446,7 @@ func TestCatalogsAreEqual(t *testing.T) {
 			for i := range topics / at {
 				h := c.hosts[(k+i)%2] // the third restarts meanwhile
 				name := fmt.Sprintf("topic-%d-%d", k, i)
-				for end := time.Now().Add(60 * time.Second); ; {
+				for end := time.Now().Add(waitMost); ; {
 					err := h.CreateTopics(t.Context(), []TopicSpec{{Name: name, Partitions: 2, ReplicationFactor: 3, Parsed: state.PartitionConfig{RetentionMs: -1, RetentionBytes: -1}}})[0].Err
 					if err == nil || errors.Is(err, ErrTopicExists) {
 						break
@@ -462,10 +469,8 @@ func TestCatalogsAreEqual(t *testing.T) {
 		slices.Sort(out)
 		return out
 	}
-	want := list(c.hosts[0])
-	if len(want) != topics {
-		t.Fatalf("%d topics", len(want))
-	}
+	var want []string
+	until(t, "node 1 to know all topics", func() bool { want = list(c.hosts[0]); return len(want) == topics })
 	for _, h := range c.hosts {
 		until(t, fmt.Sprintf("node %d to have the same catalog", h.NodeID()), func() bool { return slices.Equal(list(h), want) })
 	}
@@ -512,9 +517,10 @@ func TestDeletedTopicsStayAway(t *testing.T) {
 	again.write(5)
 	c.agree(again.tp, again.want)
 	for _, h := range c.hosts {
-		if _, err := h.Partition(old.tp); !errors.Is(err, ErrUnknownPartition) {
-			t.Errorf("node %d knows the deleted topic: %v", h.NodeID(), err)
-		}
+		until(t, fmt.Sprintf("node %d not to know the deleted topic", h.NodeID()), func() bool { // it may not have applied all of its log yet
+			_, err := h.Partition(old.tp)
+			return errors.Is(err, ErrUnknownPartition)
+		})
 	}
 }
 
@@ -603,9 +609,7 @@ func TestRandomFaults(t *testing.T) {
 			w.write(rng.IntN(30))
 			c.start(i)
 		case 1:
-			if err := g.snapshot(); err != nil {
-				t.Fatal(err)
-			}
+			snapshotNow(t, g)
 		case 2, 3: // nothing of it is hot any more, so the log may be freed, on all or on one
 			start = len(w.want) - rng.IntN(len(w.want)-start+1)
 			until(t, "the records to be deleted", func() bool {
@@ -618,9 +622,7 @@ func TestRandomFaults(t *testing.T) {
 			})
 			for _, h := range c.hosts {
 				if what == 2 || rng.IntN(2) == 0 {
-					if err := h.shardByID(shard).snapshot(); err != nil {
-						t.Fatal(err)
-					}
+					snapshotNow(t, h.shardByID(shard))
 				}
 			}
 		case 4:
@@ -672,13 +674,16 @@ func (c *trio) sameLogs(s record.ShardID) {
 		for k, h := range c.hosts {
 			l := h.shardByID(s).log
 			var e raft.Log
-			if err := l.GetLog(i, &e); err != nil {
-				c.t.Errorf("node %d: entry %d: %v", k+1, i, err)
-				return
+			err := l.GetLog(i, &e)
+			var p []byte
+			if err == nil {
+				p, err = l.Payload(i, e.Term)
 			}
-			p, err := l.Payload(i, e.Term)
+			if base, _ := l.Base(); base >= i { // freed meanwhile, with all below
+				break
+			}
 			if err != nil {
-				c.t.Errorf("node %d: payload of entry %d: %v", k+1, i, err)
+				c.t.Errorf("node %d: entry %d: %v", k+1, i, err)
 				return
 			}
 			if k == 0 {

@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/estran/estran/localstack"
-	"github.com/estran/estran/raftmeta/state"
 	"github.com/estran/estran/tiering/record"
 
 	"github.com/hashicorp/raft"
@@ -56,7 +55,7 @@ func (c *trio) open(i int) error {
 		c.change(i, &cfg)
 	}
 	cfg.PeerListener = listenAt(c.t, c.voters[i].Addr)
-	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), waitMost)
 	defer cancel()
 	h, err := Open(ctx, cfg)
 	c.mu.Lock()
@@ -77,7 +76,7 @@ func freeAddr(t testing.TB) string {
 
 // listenAt takes a port, also that of a node that ended a moment ago; nil if it cannot be had.
 func listenAt(t testing.TB, addr string) net.Listener {
-	for end := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(waitMost); ; time.Sleep(5 * time.Millisecond) {
 		l, err := net.Listen("tcp", addr)
 		if err == nil {
 			return l
@@ -140,7 +139,7 @@ func (c *trio) alive() (out []*Host) {
 // append appends through whichever node leads, until it is acknowledged; refusals must be of the kinds that a client repeats.
 func (c *trio) append(tp record.TopicPartition, b record.Batch) record.Offset {
 	c.t.Helper()
-	for end := time.Now().Add(60 * time.Second); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
+	for end := time.Now().Add(waitMost); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
 		for _, h := range c.alive() {
 			ch := make(chan []AppendResult, 1)
 			h.Append(context.Background(), AppendRequest{Batches: []AppendBatch{{tp, b}}}, func(r []AppendResult) { ch <- r })
@@ -196,9 +195,10 @@ func TestFoundingInAnyOrder(t *testing.T) {
 	ids := map[record.ProducerID]bool{}
 	for _, h := range c.hosts { // admin writes go to any node
 		newTopic(t, h, fmt.Sprint("made-at-", h.NodeID(), "-too"), 1)
-		id, err := h.AllocateProducerID(t.Context())
-		if err != nil || ids[id] {
-			t.Errorf("producer ID %d of node %d: %v", id, h.NodeID(), err)
+		var id record.ProducerID
+		decided(t, "a producer ID", func() (err error) { id, err = h.AllocateProducerID(t.Context()); return err })
+		if ids[id] {
+			t.Errorf("producer ID %d of node %d was given out before", id, h.NodeID())
 		}
 		ids[id] = true
 	}
@@ -297,7 +297,7 @@ func TestLateVoterGetsASnapshot(t *testing.T) {
 	write := func(n int) {
 		for range n {
 			v := fmt.Sprint(len(want), strings.Repeat("v", 100_000))
-			c.append(tp, batchOf(t, -1, -1, v))
+			c.append(tp, batchOf(t, 7, record.Sequence(len(want)), v)) // once each: a record that is there twice stays hot, and the log with it
 			want = append(want, v)
 		}
 	}
@@ -318,9 +318,7 @@ func TestLateVoterGetsASnapshot(t *testing.T) {
 	for _, h := range c.alive() {
 		g := h.shardByID(shard)
 		until(t, "the log to be freed", func() bool {
-			if err := g.snapshot(); err != nil {
-				t.Fatal(err)
-			}
+			snapshotNow(t, g)
 			base, _ := g.log.Base()
 			return base > 15
 		})
@@ -404,18 +402,15 @@ func TestLostGroupIsRefused(t *testing.T) {
 func TestAwaitLeader(t *testing.T) {
 	c := newTrio(t, 3)
 	c.start(0, 1, 2)
-	lead, ok := c.hosts[0].Leader(1)
-	if !ok {
-		t.Fatal("no leader")
-	}
-	other := c.hosts[int(lead)%3]
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	lead := c.leads(1)
+	other := c.hosts[(lead+1)%3]
+	ctx, cancel := context.WithTimeout(t.Context(), waitMost)
 	defer cancel()
-	c.stop(int(lead) - 1)
+	c.stop(lead)
 	until(t, "another leader", func() bool {
 		other.AwaitLeader(ctx, 1)
 		now, ok := other.Leader(1)
-		return ok && now != lead
+		return ok && int(now) != lead+1
 	})
 	cancel()
 	other.AwaitLeader(ctx, 99) // a shard that nobody has
@@ -474,9 +469,7 @@ func TestCurrent(t *testing.T) {
 	late := 0
 	for i := range 60 {
 		name := fmt.Sprint("t", i)
-		if _, err := createTopic(t.Context(), c.hosts[i%3], TopicSpec{Name: name, Partitions: 1, ReplicationFactor: 1, Parsed: state.PartitionConfig{RetentionMs: -1, RetentionBytes: -1}}); err != nil {
-			t.Fatal(err)
-		}
+		newTopic(t, c.hosts[i%3], name, 1)
 		h := c.hosts[(i+1)%3]
 		if _, ok := h.Cluster().Topic(name); !ok {
 			late++

@@ -33,9 +33,7 @@ func TestRecover(t *testing.T) {
 	}
 	write(40)
 	for _, g := range c.hosts[2].groups() { // a snapshot and a log behind it
-		if err := g.snapshot(); err != nil {
-			t.Fatal(err)
-		}
+		snapshotNow(t, g)
 	}
 	write(40)
 	for p := range int32(4) {
@@ -141,9 +139,7 @@ func TestRecover(t *testing.T) {
 	cfg := c.config(0)
 	cfg.PeerListener = listenAt(t, c.voters[0].Addr)
 	go func() { h, err := Open(ctx, cfg); _ = closeIf(h); opened <- err }()
-	if _, err := h.peers.Ask(t.Context(), c.voters[0].Addr); err != nil {
-		t.Fatal(err)
-	}
+	until(t, "what is left of another to answer", func() bool { _, err := h.peers.Ask(t.Context(), c.voters[0].Addr); return err == nil })
 	write(20)
 	cancel()
 	if err := <-opened; err == nil {
@@ -157,9 +153,7 @@ func TestRecover(t *testing.T) {
 		done := make(chan error, 1)
 		go func() { done <- c.open(i) }()
 		until(t, "a new node to announce itself", func() bool { _, ok := h.Cluster().Node(int32(i + 1)); return ok })
-		if err := h.AddMember(t.Context(), int32(i+1), ""); err != nil {
-			t.Fatal(err)
-		}
+		decided(t, "the node to be added", func() error { return h.AddMember(t.Context(), int32(i+1), "") })
 		if err := <-done; err != nil {
 			t.Fatal(err)
 		}

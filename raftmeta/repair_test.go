@@ -60,7 +60,7 @@ func TestDamagedHotBatchIsRepaired(t *testing.T) {
 			v = "to be damaged " + v // more than a piece
 		}
 		want = append(want, v)
-		c.append(tp, batchOf(t, -1, -1, v))
+		c.append(tp, batchOf(t, 7, record.Sequence(i), v))
 	}
 	at := c.leads(shard)
 	h := c.hosts[at]

@@ -150,11 +150,9 @@ func TestStalledShard(t *testing.T) {
 func stallOnce(t *testing.T, c *trio, disks []*stallFS, metrics []*prometheus.Registry, who string, hit record.TopicPartition, shard record.ShardID,
 	write func(record.TopicPartition, int), calm record.TopicPartition) (calmly bool) {
 	t.Helper()
-	lead := int32(0)
-	until(t, "a leader", func() (ok bool) { lead, ok = c.hosts[0].Leader(shard); return ok })
-	node := int(lead) - 1
+	node := c.leads(shard)
 	if who == "follower" {
-		node = int(lead) % 3
+		node = (node + 1) % 3
 	}
 	before := make([]map[string]float64, 3)
 	for i := range before {

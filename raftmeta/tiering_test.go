@@ -92,10 +92,13 @@ func (n *node) readThrough(t testing.TB, tp record.TopicPartition, from record.O
 	return out, tiers
 }
 
+// waitMost is how long a test waits for what must happen before it fails. It is no claim about how fast that is: the machine may be busy with something else.
+const waitMost = 3 * time.Minute
+
 // until polls a condition of the background work.
 func until(t testing.TB, what string, cond func() bool) {
 	t.Helper()
-	for end := time.Now().Add(60 * time.Second); !cond(); time.Sleep(2 * time.Millisecond) {
+	for end := time.Now().Add(waitMost); !cond(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("%s did not happen", what)
 		}
