@@ -1,6 +1,7 @@
 package raftmeta
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -383,6 +384,42 @@ func TestWipedVoterIsReplaced(t *testing.T) {
 		c.start(other)
 	}
 	c.agree(tp, want)
+}
+
+// mute is a connection that breaks behind the first registration of a node that goes over it: nobody hears what came of that.
+type mute struct {
+	net.Conn
+	broke *atomic.Bool
+}
+
+func (m mute) Write(b []byte) (int, error) {
+	n, err := m.Conn.Write(b)
+	if bytes.Contains(b, []byte(`"Incarnation":`)) && m.broke.CompareAndSwap(false, true) {
+		err = errors.Join(err, m.Conn.Close())
+	}
+	return n, err
+}
+
+// A node that starts at another address tells the leader of meta, again if the answer does not come: it does not end because that leader goes.
+func TestRegistrationIsRepeated(t *testing.T) {
+	c := newTrio(t, 3)
+	c.start(0, 1, 2)
+	c.stop(2)
+	var broke atomic.Bool
+	c.change = func(_ int, cfg *Config) {
+		cfg.Port = 9999
+		cfg.Dial = func(ctx context.Context, addr string) (net.Conn, error) {
+			conn, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
+			return mute{conn, &broke}, err
+		}
+	}
+	c.start(2)
+	if !broke.Load() {
+		t.Fatal("no registration went over the network")
+	}
+	if n, _ := c.hosts[2].Cluster().Node(3); n.Port != 9999 {
+		t.Errorf("node 3 is registered as %+v", n)
+	}
 }
 
 // A founder that has voted in a group and lost that group's directory alone must not vote again.
