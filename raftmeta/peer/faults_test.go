@@ -22,8 +22,7 @@ func calm(t *testing.T, at func(*times)) (c *cluster, lead *node, others []*node
 			at(&n.at)
 		}
 	})
-	c.nodes[0].trans.ElectNow()
-	lead = c.leader()
+	lead = c.elect()
 	for _, n := range c.nodes {
 		if n != lead {
 			others = append(others, n)
@@ -56,12 +55,10 @@ func TestStalledPeer(t *testing.T) {
 		h := raft.RPCHeader{ProtocolVersion: 3, ID: []byte(lead.id), Addr: []byte(lead.id)}
 		return lead.trans.AppendEntries(raft.ServerID(n.id), raft.ServerAddress(n.id), &raft.AppendEntriesRequest{RPCHeader: h, Term: lead.raft.Load().CurrentTerm()}, new(raft.AppendEntriesResponse))
 	}
-	if err := beat(here); err != nil {
-		t.Errorf("a heartbeat beside a stalled peer: %v", err)
-	}
-	if got := lead.peers.Standings(t.Context(), 1, []string{gone.id, here.id}, func(s []Standing) bool { return len(s) > 0 }); len(got) != 1 {
-		t.Errorf("%v", got)
-	}
+	eventually(t, "a heartbeat beside a stalled peer", func() bool { return beat(here) == nil })
+	eventually(t, "an answer beside a stalled peer", func() bool {
+		return len(lead.peers.Standings(t.Context(), 1, []string{gone.id, here.id}, func(s []Standing) bool { return len(s) > 0 })) == 1
+	})
 	if err := beat(gone); !errors.Is(err, ErrTimeout) && !errors.Is(err, errBroken) {
 		t.Errorf("a heartbeat to a stalled peer: %v", err)
 	}
@@ -99,7 +96,7 @@ func TestBrokenFrames(t *testing.T) {
 
 // A way that is cut within a frame and healed goes on where it was, on the same connection.
 func TestCutWithinAFrame(t *testing.T) {
-	c, lead, others := calm(t, nil)
+	c, lead, others := calm(t, func(at *times) { at.call, at.body, at.write = time.Hour, time.Hour, time.Hour }) // however long the cut lasts
 	size := func(uint64) int { return 200_000 }
 	c.write(0, 2, size)
 	l := lead.peers.link(others[0].id, classBulk)
@@ -138,7 +135,7 @@ func TestSlowNetwork(t *testing.T) {
 
 // A connection that leads nowhere any more, without either end being told, is given up when a call's time has passed without a word; the next one works.
 func TestForgottenConnection(t *testing.T) {
-	c, lead, others := calm(t, func(at *times) { at.call = 200 * time.Millisecond })
+	c, lead, others := calm(t, func(at *times) { at.call = time.Second })
 	size := func(uint64) int { return 1000 }
 	c.write(0, 5, size)
 	for _, n := range others {
@@ -269,7 +266,7 @@ func (noLog) Stalled() time.Duration                           { return 0 }
 // A frame that has begun and does not go on ends the connection; one that has not begun may be waited for.
 func TestHalfAFrame(t *testing.T) {
 	at := defaultTimes()
-	at.body = 30 * time.Millisecond
+	at.body = 300 * time.Millisecond
 	_, addr := listening(t, secretConfig("1.aa"), at)
 	cfg := secretConfig("2.bb")
 	cfg.Resolve = func(string) (string, bool) { return addr, true }

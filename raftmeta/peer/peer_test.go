@@ -11,7 +11,7 @@ import (
 
 // Entries of all sizes reach every voter as they were, also one that has been away.
 func TestReplicationAndCatchUp(t *testing.T) {
-	c := newCluster(t, 3, false)
+	c := newCluster(t, 3, true)
 	size := func(v uint64) int { return []int{0, 10, 1000, 70_000, 300_000}[v%5] }
 	c.write(0, 30, size)
 	c.agree(30)
@@ -33,7 +33,7 @@ func TestReplicationAndCatchUp(t *testing.T) {
 
 // Many proposals at once go through the pipeline and keep what each was.
 func TestConcurrentProposals(t *testing.T) {
-	c := newCluster(t, 3, false)
+	c := newCluster(t, 3, true)
 	lead := c.leader()
 	var wg sync.WaitGroup
 	for w := range uint64(8) {
@@ -55,7 +55,7 @@ func TestConcurrentProposals(t *testing.T) {
 
 // A voter whose log ends below the leader's base gets a snapshot, while entries go on being written, and then the entries above it.
 func TestInstallWhileWriting(t *testing.T) {
-	c := newCluster(t, 3, false)
+	c := newCluster(t, 3, true)
 	size := func(uint64) int { return 100_000 }
 	c.write(0, 5, size)
 	away := c.nodes[0]
@@ -178,7 +178,7 @@ func TestStalledGroup(t *testing.T) {
 
 // The voters' terms, asked for outside their raft, prove a leader or depose it.
 func TestTerms(t *testing.T) {
-	c := newCluster(t, 3, false)
+	c := newCluster(t, 3, true)
 	lead := c.leader()
 	var others []string
 	for _, n := range c.nodes {
@@ -238,12 +238,13 @@ func TestCloseUnderLoad(t *testing.T) {
 func TestSilentLeaderIsNotProtected(t *testing.T) {
 	c := newClusterOf(t, 3, func(n *node) {
 		n.slow, n.quiet = true, true
+		n.at.vote = time.Minute
 		if n.at.silent = time.Hour; n.id[0] == '3' {
 			n.at.silent = 0
 		}
 	})
 	lead, protects, forsakes := c.nodes[0], c.nodes[1], c.nodes[2]
-	lead.trans.ElectNow()
+	c.elect()
 	c.write(0, 1, func(uint64) int { return 0 })
 	c.agree(1)
 	last, err := lead.log.LastIndex()

@@ -18,8 +18,7 @@ func (l *link) called() uint64 {
 // pipelineTo opens a pipeline of the leader to one that follows it, beside raft's own, and returns a request that repeats what is.
 func pipelineTo(t *testing.T, hold time.Duration) (p *pipeline, again func() *raft.AppendEntriesRequest) {
 	c := newClusterOf(t, 3, func(n *node) { n.slow = true; n.at.hold = hold })
-	c.nodes[0].trans.ElectNow()
-	lead := c.leader()
+	lead := c.elect()
 	c.write(0, 3, func(uint64) int { return 10 })
 	c.agree(3)
 	to := c.nodes[0]

@@ -9,10 +9,11 @@ import (
 func TestAnswersReport(t *testing.T) {
 	ahead := func(n *node) time.Duration { return time.Duration(n.id[0]-'0') * time.Hour }
 	c := newClusterOf(t, 3, func(n *node) {
+		n.slow = true
 		n.now = func() time.Time { return time.Now().Add(ahead(n)) }
 		n.free = func() int64 { return 10 - 10*int64(n.id[0]-'0') }
 	})
-	lead := c.leader()
+	lead := c.elect()
 	for _, n := range c.nodes {
 		if n == lead {
 			continue

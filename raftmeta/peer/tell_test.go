@@ -10,9 +10,8 @@ func TestTell(t *testing.T) {
 		n.quiet = true
 		n.start(c.first)
 	}
-	c.nodes[0].trans.ElectNow()
+	lead := c.elect()
 	c.write(0, 5, func(uint64) int { return 100 })
-	lead := c.leader()
 	var servers []string
 	for _, n := range c.nodes {
 		servers = append(servers, n.id)

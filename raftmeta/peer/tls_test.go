@@ -83,7 +83,7 @@ func tlsConfig(server string, files *TLS) Config {
 // With certificates a node is believed to be the node that its certificate names, and no other.
 func TestCertificates(t *testing.T) {
 	ca, other := newAuthority(t), newAuthority(t)
-	_, addr := listening(t, tlsConfig("1.aa", ca.node("one", "node-1")), defaultTimes())
+	_, addr := listening(t, tlsConfig("1.aa", ca.node("one", "node-1")), patient())
 	two := ca.node("two", "node-2")
 	mixed := other.node("mixed", "node-2")
 	mixed.CAFile = two.CAFile // its peers' CA is right, its own certificate is of another
@@ -101,11 +101,11 @@ func TestCertificates(t *testing.T) {
 		"expired":              {tlsConfig("2.bb", old), "1.aa", ErrStranger},
 		"other cluster":        {Config{ServerID: "2.bb", ClusterID: "d", TLS: two}, "1.aa", ErrRefused},
 	} {
-		if err := greet(t, c.cfg, addr, c.target, classBulk, defaultTimes()); !errors.Is(err, c.want) || (err == nil) != (c.want == nil) {
+		if err := greet(t, c.cfg, addr, c.target, classBulk, patient()); !errors.Is(err, c.want) || (err == nil) != (c.want == nil) {
 			t.Errorf("%s: %v, want %v", name, err, c.want)
 		}
 	}
-	if err := greet(t, secretConfig("2.bb"), addr, "1.aa", classBulk, defaultTimes()); err == nil {
+	if err := greet(t, secretConfig("2.bb"), addr, "1.aa", classBulk, patient()); err == nil {
 		t.Error("a node with a secret and no certificate is a peer")
 	}
 	if _, err := New(tlsConfig("4.dd", two)); !errors.Is(err, ErrCertificate) {
@@ -135,12 +135,12 @@ func TestCertificates(t *testing.T) {
 func TestListenersCertificate(t *testing.T) {
 	ca := newAuthority(t)
 	files := ca.node("one", "node-5")
-	p, addr := listening(t, tlsConfig("5.ee", files), defaultTimes())
+	p, addr := listening(t, tlsConfig("5.ee", files), patient())
 	ca.node("one", "node-1")
 	p.identity.mu.Lock()
 	p.identity.node, p.identity.read = "node-1", time.Time{} // it does not look at its own name, as an intruder would not
 	p.identity.mu.Unlock()
-	if err := greet(t, tlsConfig("2.bb", ca.node("two", "node-2")), addr, "5.ee", classBulk, defaultTimes()); !errors.Is(err, ErrStranger) {
+	if err := greet(t, tlsConfig("2.bb", ca.node("two", "node-2")), addr, "5.ee", classBulk, patient()); !errors.Is(err, ErrStranger) {
 		t.Errorf("node 1 as node 5: %v", err)
 	}
 	if _, err := tls.Dial("tcp", addr, &tls.Config{InsecureSkipVerify: true, MaxVersion: tls.VersionTLS12}); err == nil {
