@@ -88,7 +88,7 @@ func terms(t *testing.T, r *prometheus.Registry) map[string]float64 {
 
 // attempts: a machine that is too busy to send a heartbeat in time elects by itself. What is claimed is that a stall elects nobody: of so many one is enough to show it, and
 // were it not so, all would show the contrary.
-const attempts = 5
+const attempts = 10
 
 // The disk below one shard of one node stops answering. Of a follower: nothing is held up, nothing is elected. Of the shard's leader: another takes over, though the
 // leader's process and its network are well; the other groups of that node go on in their terms. When it answers again that node has what the others have.
