@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
@@ -44,8 +45,10 @@ func start(ctx context.Context, brokers []string) (*load, error) {
 	}
 	defer cl.Close()
 	bytes := kept
-	made, err := kadm.NewClient(cl).CreateTopic(ctx, partitions, 3, map[string]*string{"retention.bytes": &bytes}, topic)
-	if err := errors.Join(err, made.Err); err != nil {
+	if err := decided(ctx, kerr.TopicAlreadyExists, func() error {
+		made, err := kadm.NewClient(cl).CreateTopic(ctx, partitions, 3, map[string]*string{"retention.bytes": &bytes}, topic)
+		return errors.Join(err, made.Err)
+	}); err != nil {
 		return nil, err
 	}
 	for range 2 {
@@ -161,6 +164,26 @@ func (l *load) drop(ctx context.Context) error {
 	})
 }
 
+// decided repeats a request of which an election leaves open what came of it; already is what it is answered if a try before had done it. Names come once, so nothing else can mean that.
+func decided(ctx context.Context, already error, ask func() error) error {
+	for {
+		err := ask()
+		if err == nil || errors.Is(err, already) {
+			return nil
+		}
+		if !kerr.IsRetriable(err) {
+			return err
+		}
+		t := time.NewTimer(100 * time.Millisecond)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return err
+		}
+	}
+}
+
 // makeTopics makes a topic, writes to it and deletes it; no name comes again.
 func (l *load) makeTopics(ctx context.Context) error {
 	cl, err := l.client(kgo.DisableIdempotentWrite())
@@ -171,8 +194,10 @@ func (l *load) makeTopics(ctx context.Context) error {
 	adm := kadm.NewClient(cl)
 	return paced(ctx, 500*time.Millisecond, func() error {
 		name := fmt.Sprint("passing-", l.topics.Load())
-		made, err := adm.CreateTopic(ctx, 3, 3, nil, name)
-		if err := errors.Join(err, made.Err); err != nil {
+		if err := decided(ctx, kerr.TopicAlreadyExists, func() error {
+			made, err := adm.CreateTopic(ctx, 3, 3, nil, name)
+			return errors.Join(err, made.Err)
+		}); err != nil {
 			return err
 		}
 		for range 10 {
@@ -180,8 +205,10 @@ func (l *load) makeTopics(ctx context.Context) error {
 				return err
 			}
 		}
-		gone, err := adm.DeleteTopic(ctx, name)
-		if err := errors.Join(err, gone.Err); err != nil {
+		if err := decided(ctx, kerr.UnknownTopicOrPartition, func() error {
+			gone, err := adm.DeleteTopic(ctx, name)
+			return errors.Join(err, gone.Err)
+		}); err != nil {
 			return err
 		}
 		cl.PurgeTopicsFromClient(name)
