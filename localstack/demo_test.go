@@ -16,7 +16,6 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 )
 
 // demoRun is `estran demo` as a process.
@@ -54,7 +53,7 @@ func startDemo(t *testing.T, up bool, env []string, args ...string) *demoRun {
 		t.Fatal(err)
 	}
 	d := &demoRun{dir: t.TempDir()}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*waitMost)
 	d.cmd = exec.CommandContext(ctx, p, append([]string{"demo", "--dir", d.dir}, args...)...)
 	d.cmd.Env = append(os.Environ(), env...)
 	d.cmd.Stdout, d.cmd.Stderr = d, d
@@ -104,9 +103,8 @@ func (d *demoRun) end(t *testing.T) (code int) {
 		}
 	}
 	for _, m := range voterLine.FindAllStringSubmatch(d.text(), -1) { // those that were started again, too
-		if pid, _ := strconv.Atoi(m[1]); running(pid) {
-			t.Errorf("process %d still runs", pid)
-		}
+		pid, _ := strconv.Atoi(m[1])
+		until(t, fmt.Sprintf("process %d to end", pid), func() bool { return !running(pid) }) // one that was killed is not gone at once
 	}
 	return code
 }
@@ -237,7 +235,7 @@ func TestClusterPorts(t *testing.T) {
 			}
 			return ports, err
 		}
-		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), waitMost)
 		err := c.Start(ctx)
 		cancel()
 		if err != nil || attempts != 2 {

@@ -105,7 +105,9 @@ func TestMembersByCommand(t *testing.T) {
 		}
 		more("acknowledgements of more")
 	}
-	until(t, "a shard for each voter", func() bool { s := statusOf(t, nodes[1]); return s.Shards == 3 && s.Members[2].State == "voter" })
+	for _, n := range nodes {
+		until(t, "a shard for each voter", func() bool { s := statusOf(t, n); return s.Shards == 3 && s.Members[2].State == "voter" })
+	}
 	createReplicated(t, nodes[2], "u", 3, 3)
 	t.Log("\n" + mustCluster(t, nodes[2], "status"))
 
@@ -118,9 +120,10 @@ func TestMembersByCommand(t *testing.T) {
 	}
 	for i, n := range nodes {
 		mustCluster(t, n, "drain", "--self")
-		if m := statusOf(t, nodes[(i+1)%3]).Members[i]; !m.Draining || len(m.Leads) > 0 {
-			t.Errorf("node %d drains: %+v", i+1, m)
-		}
+		until(t, fmt.Sprintf("another node to see that node %d drains and leads nothing", i+1), func() bool {
+			m := statusOf(t, nodes[(i+1)%3]).Members[i]
+			return m.Draining && len(m.Leads) == 0
+		})
 		mustCluster(t, nodes[(i+1)%3], "undrain", fmt.Sprint(i+1))
 	}
 	mustCluster(t, nodes[0], "leader", "transfer", "--group", "shard-1", "--to", "2")

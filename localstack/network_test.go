@@ -46,7 +46,7 @@ func TestNetwork(t *testing.T) {
 	hear := func(c net.Conn, want string) {
 		t.Helper()
 		b := make([]byte, len(want))
-		_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+		_ = c.SetReadDeadline(time.Now().Add(waitMost))
 		if _, err := io.ReadFull(c, b); err != nil || string(b) != want {
 			t.Fatalf("%q, want %q: %v", b, want, err)
 		}
@@ -74,7 +74,7 @@ func TestNetwork(t *testing.T) {
 	hear(two, "e")
 	silent(one)
 	n.Heal()
-	_ = one.SetReadDeadline(time.Now().Add(10 * time.Second))
+	_ = one.SetReadDeadline(time.Now().Add(waitMost))
 	if _, err := one.Read(make([]byte, 1)); err == nil {
 		t.Error("a connection that has lost bytes goes on")
 	}
@@ -96,7 +96,7 @@ func TestNetwork(t *testing.T) {
 		return // the reset was faster
 	}
 	defer c.Close()
-	_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	_ = c.SetReadDeadline(time.Now().Add(waitMost))
 	if _, err := c.Read(make([]byte, 1)); err == nil || isTimeout(err) {
 		t.Errorf("a connection to nobody: %v", err)
 	}

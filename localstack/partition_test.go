@@ -247,6 +247,8 @@ func TestPartitions(t *testing.T) {
 		probes = append(probes, probeOf(t, n, "raw"))
 	}
 	acked := map[int64]string{} // of raw
+	tries := 0
+	another := func(s string) string { tries++; return fmt.Sprint(s, " ", tries) } // what nobody answered may be there all the same
 	for i, c := range []struct {
 		name     string
 		out, in  bool
@@ -267,7 +269,7 @@ func TestPartitions(t *testing.T) {
 				if old = probes[i%3].leader(0); old == 0 {
 					return false
 				}
-				v := fmt.Sprint("before ", i)
+				v := another("before")
 				o, code := probes[old-1].produce(-1, v, 10*time.Second)
 				if code == 0 {
 					acked[o] = v
@@ -304,12 +306,12 @@ func TestPartitions(t *testing.T) {
 				}
 			} else {
 				other := probes[old%3]
-				v := fmt.Sprint("after ", i)
 				until(t, "an acknowledgement by another leader", func() bool {
 					lead := other.leader(0)
 					if lead == 0 || lead == old {
 						return false
 					}
+					v := another("after")
 					o, code := probes[lead-1].produce(-1, v, 2*time.Second)
 					if code == 0 {
 						acked[o] = v
@@ -503,7 +505,7 @@ func TestBlackHole(t *testing.T) {
 		return calm
 	}
 	calm := false
-	for i := 0; i < 4 && !calm; i++ {
+	for i := 0; i < 10 && !calm; i++ {
 		calm = attempt()
 	}
 	if !calm {

@@ -8,7 +8,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 )
 
 // Two of three are gone. `estran recover` on the third refuses while anything of the others answers, then makes it the cluster; what was acknowledged while all were up is there, sealed or
@@ -63,7 +62,7 @@ func TestRecoverByCommand(t *testing.T) {
 	// what is left of the lost majority
 	for _, n := range nodes[:2] {
 		wg.Go(func() {
-			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), waitMost)
 			defer cancel()
 			if err := n.Start(ctx); err == nil || !strings.Contains(n.Tail(), "E_NODE_FENCED") {
 				t.Errorf("a voter of the lost majority starts: %v\n%s", err, n.Tail())

@@ -4,7 +4,6 @@ import (
 	"context"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/estran/estran/objstore"
 	"github.com/estran/estran/objstore/objtest"
@@ -52,7 +51,7 @@ func bucket(url string) func(*testing.T) objstore.Bucket {
 		}
 		t.Cleanup(func() { _ = b.Close() })
 		if c, ok := b.(objstore.Creator); ok {
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), waitMost)
 			defer cancel()
 			if err := c.CreateBucket(ctx); err != nil {
 				t.Fatal(err)

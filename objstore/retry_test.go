@@ -13,7 +13,8 @@ import (
 	"github.com/estran/estran/objstore/mem"
 )
 
-var quick = objstore.Policy{Tries: 4, First: time.Microsecond, Last: time.Millisecond, Stall: 50 * time.Millisecond, GetHeader: 100 * time.Millisecond, PutBase: time.Second}
+// quick has short pauses; its limits are none that a busy machine reaches.
+var quick = objstore.Policy{Tries: 4, First: time.Microsecond, Last: time.Millisecond, Stall: time.Minute, GetHeader: time.Minute, PutBase: time.Minute}
 
 func faulty(rules ...objstore.Rule) (*objstore.Fault, objstore.Bucket) {
 	f := objstore.NewFault(mem.New(), 1)
@@ -83,7 +84,9 @@ func TestTruncatedBodyIsResumed(t *testing.T) {
 func TestStalledBody(t *testing.T) {
 	inner := mem.New()
 	s := &staller{Bucket: inner, stalls: 1}
-	b := objstore.Retry(s, quick, nil)
+	policy := quick
+	policy.Stall = 50 * time.Millisecond
+	b := objstore.Retry(s, policy, nil)
 	if _, err := b.Put(t.Context(), "k.x", objstore.Bytes([]byte("value")), objstore.PutOptions{}); err != nil {
 		t.Fatal(err)
 	}

@@ -107,7 +107,7 @@ func startWriter(t *testing.T, dir string, term uint64, mode string) *process {
 
 func (p *process) wait(t *testing.T, event string) {
 	t.Helper()
-	limit := time.After(time.Minute)
+	limit := time.After(3 * time.Minute)
 	for {
 		select {
 		case e, ok := <-p.events:
@@ -131,7 +131,7 @@ func (p *process) waitAcked(t *testing.T, n int) {
 		defer p.mu.Unlock()
 		return len(p.acked)
 	}
-	limit := time.After(time.Minute)
+	limit := time.After(3 * time.Minute)
 	for want := count() + n; count() < want; {
 		select {
 		case <-p.more:

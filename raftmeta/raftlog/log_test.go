@@ -972,7 +972,7 @@ func TestFreedFilesAreKept(t *testing.T) {
 		}
 		return len(l.fill.free)
 	}
-	for end := time.Now().Add(20 * time.Second); idle() != 3; time.Sleep(time.Millisecond) { // one, and 512 KiB
+	for end := time.Now().Add(3 * time.Minute); idle() != 3; time.Sleep(time.Millisecond) { // one, and 512 KiB
 		if time.Now().After(end) {
 			t.Fatalf("%d freed files are kept", idle())
 		}
@@ -981,7 +981,7 @@ func TestFreedFilesAreKept(t *testing.T) {
 	for i := uint64(151); i <= 180; i++ { // three files
 		store(t, l, command(i, 1, 5, 20_000))
 	}
-	for end := time.Now().Add(20 * time.Second); count("rename") < renames+2; time.Sleep(time.Millisecond) { // the filler is behind
+	for end := time.Now().Add(3 * time.Minute); count("rename") < renames+2; time.Sleep(time.Millisecond) { // the filler is behind
 		if time.Now().After(end) {
 			t.Fatalf("%d files are used again", count("rename")-renames)
 		}
