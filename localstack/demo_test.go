@@ -120,7 +120,19 @@ func running(pid int) bool {
 
 // The demo runs a whole cluster under load and through a kill, tells how it goes, finds every record, and leaves nothing.
 func TestDemo(t *testing.T) {
-	d := startDemo(t, true, []string{"ESTRAN_TIERING_SEAL_AGE=500ms"}, "--rate", "500kB/s", "--duration", "6s", "--kill-every", "2s")
+	var missing []string
+	for _, length := range []string{"6s", "60s"} { // on a busy machine a voter may not be back and nothing sealed before the first is over
+		if missing = demoLines(t, length); len(missing) == 0 {
+			return
+		}
+	}
+	t.Errorf("no line is like one of %q", missing)
+}
+
+// demoLines runs a demo, which must be without fault, and returns what it should have told and did not.
+func demoLines(t *testing.T, length string) (missing []string) {
+	t.Helper()
+	d := startDemo(t, true, []string{"ESTRAN_TIERING_SEAL_AGE=500ms"}, "--rate", "500kB/s", "--duration", length, "--kill-every", "2s")
 	if code := d.end(t); code != 0 {
 		t.Errorf("exit %d", code)
 	}
@@ -134,16 +146,17 @@ func TestDemo(t *testing.T) {
 		`(?m)^back     voter \d \(pid \d+\) after \S+s$`,
 		`(?m)^summary   every acknowledged record was consumed exactly once, in order and unchanged$`,
 		`(?m)^  records   [1-9],?\d+ sent, [1-9],?\d+ acknowledged, [1-9],?\d+ consumed and checked in \S+s; \S+ were given to the group again$`,
-		`(?m)^  voters    killed [1-3] times$`,
+		`(?m)^  voters    killed [1-9]\d? times$`,
 	} {
 		if !regexp.MustCompile(w).MatchString(d.text()) {
-			t.Errorf("no line is like %s", w)
+			missing = append(missing, w)
 		}
 	}
 	m := regexp.MustCompile(`records   (\S+) sent, (\S+) acknowledged, (\S+) consumed`).FindStringSubmatch(d.text())
 	if m == nil || m[1] != m[2] || m[2] != m[3] {
 		t.Errorf("records: %v", m)
 	}
+	return missing
 }
 
 // A record that the demo did not write ends it with a fault, while it runs.

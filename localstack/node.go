@@ -59,9 +59,12 @@ func Build(ctx context.Context, dir, out string, flags ...string) (string, error
 	return path, nil
 }
 
+// anyPort is where a node listens that nobody has to find again.
+const anyPort = "127.0.0.1:0"
+
 // NewNode describes a voter with its data in dir. args are added to `estran serve`, env to the environment.
 func NewNode(program, dir string, env []string, args ...string) *Node {
-	return &Node{program: program, dir: dir, env: env, Kafka: "127.0.0.1:0", Peer: "127.0.0.1:0", http: "127.0.0.1:0", args: args}
+	return &Node{program: program, dir: dir, env: env, Kafka: anyPort, Peer: anyPort, http: anyPort, args: args}
 }
 
 // ready is the log line that says a node serves.
@@ -69,8 +72,15 @@ type ready struct {
 	Event, Kafka, HTTP string
 }
 
-// Start starts the process and returns when it serves. A later Start uses the same Kafka port.
+// Start starts the process and returns when it serves. A later Start uses the same Kafka port, which no connection gets in between.
 func (n *Node) Start(ctx context.Context) error {
+	if n.Kafka == anyPort {
+		ports, err := FreePorts(1)
+		if err != nil {
+			return err
+		}
+		n.Kafka = fmt.Sprintf("127.0.0.1:%d", ports[0])
+	}
 	args := append([]string{"serve", "--data-dir", n.dir, "--kafka-listen", n.Kafka, "--http-listen", n.http, "--peer-listen", n.Peer}, n.args...)
 	line := append(append(slices.Clone(n.enter), n.program), args...)
 	cmd := exec.Command(line[0], line[1:]...)
