@@ -248,11 +248,11 @@ func TestIdlePartitionsAreFree(t *testing.T) {
 	}
 }
 
-// Incident 28: a start reads the indexes of the log, not its records: with 350 MB that are not sealed the process stays far below that, and all records are there.
+// Incident 28: a start reads the indexes of the log, not its records: with 450 MB that are not sealed the process stays far below that, and all records are there.
 func TestStartReadsNoHistory(t *testing.T) {
-	n := startNode(t, t.TempDir(), []string{"ESTRAN_TIERING_SEAL_BYTES=256MiB", "ESTRAN_QUORUM_SHARDS=1", "ESTRAN_TIERING_SEAL_AGE=1h", "ESTRAN_HOT_MAX_BYTES=4GiB"})
+	n := startNode(t, t.TempDir(), []string{"ESTRAN_TIERING_SEAL_BYTES=256MiB", "ESTRAN_QUORUM_SHARDS=2", "ESTRAN_TIERING_SEAL_AGE=1h", "ESTRAN_HOT_MAX_BYTES=4GiB"})
 	createTopic(t, n, "t", 4)
-	const records, size = 3500, 100_000 // the last file of a group is read: up to 64 MiB
+	const records, size = 4500, 100_000 // the last file of each group is read: up to twice 64 MiB; more than 256 MiB in one of them would be sealed
 	cl := client(t, n, kgo.DefaultProduceTopic("t"), kgo.MaxBufferedRecords(100), kgo.ProducerBatchMaxBytes(900_000), kgo.ProducerBatchCompression(kgo.NoCompression()))
 	value := make([]byte, size)
 	var failed atomic.Pointer[error]
