@@ -36,7 +36,7 @@ cross: ## the binary builds for every platform we name
 	  echo "cross $$t"; CGO_ENABLED=0 GOOS=$${t%/*} GOARCH=$${t#*/} $(GO) build -o /dev/null ./cmd/estran || exit 1; done
 
 race: ## every test with the race detector, in a random order
-	GORACE=halt_on_error=1 $(GO) test -race -shuffle=on -timeout 20m $(PKGS)
+	GORACE=halt_on_error=1 $(GO) test -race -shuffle=on -timeout 60m $(PKGS)
 
 fuzz: ## every fuzz target for FUZZTIME
 	@for p in $$($(GO) list ./...); do \
