@@ -43,6 +43,7 @@ type transfer struct {
 	end   time.Time // when it must be over
 	since time.Time // the last look, and what had been transferred then
 	seen  int
+	slow  bool // at the last look, while others waited
 }
 
 // transfer begins one of size bytes. While others wait it must come along as if it had to be over after limit; if nobody does it may be slow beyond that.
@@ -68,7 +69,8 @@ func (x *transfer) goesOn(n int) bool {
 	if now.Sub(x.since) < look {
 		return true
 	}
-	slow := n-x.seen < x.least
+	before := x.slow
+	x.slow = n-x.seen < x.least && x.b.waiting.Load() > 0
 	x.since, x.seen = now, n
-	return !slow || x.b.waiting.Load() == 0
+	return !x.slow || !before // once may be this process's own fault: a deadline that is over before a call begins ends it, however quick the client is
 }

@@ -78,12 +78,55 @@ func TestSlowTransfers(t *testing.T) {
 		b.waiting.Add(1)
 		on(slowest, true)
 		on(2*slowest+10, true)
-		on(3*slowest, false)
+		on(3*slowest, true)    // slow
+		on(4*slowest, true)    // not any more
+		on(5*slowest-1, true)  // slow
+		on(6*slowest-2, false) // again
 		b.waiting.Add(-1)
-		for range 15 {
-			on(3*slowest, true)
+		for range 12 {
+			on(6*slowest, true)
 		}
 		on(9*slowest, false)
+	})
+}
+
+// tardy is a connection to a quick client, in a process that gets no processor for two seconds behind setting a deadline, the first time: the call then ends by it, whatever there is.
+type tardy struct {
+	net.Conn
+	end time.Time
+	was bool
+}
+
+func (c *tardy) SetReadDeadline(at time.Time) error  { c.end = at; return nil }
+func (c *tardy) SetWriteDeadline(at time.Time) error { c.end = at; return nil }
+
+func (c *tardy) call(b []byte) (int, error) {
+	if !c.was {
+		c.was = true
+		time.Sleep(2 * look)
+	}
+	if !time.Now().Before(c.end) {
+		return 0, os.ErrDeadlineExceeded
+	}
+	return len(b), nil
+}
+
+func (c *tardy) Read(b []byte) (int, error)  { return c.call(b) }
+func (c *tardy) Write(b []byte) (int, error) { return c.call(b) }
+
+// A broker that is late itself does not take its clients for slow, though others wait.
+func TestLateBrokerCutsNobodyOff(t *testing.T) {
+	s := memoryServer(t)
+	for _, b := range []*budget{s.frames, s.answers} {
+		b.waiting.Add(1)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		if err := newConn(s, &tardy{}, "").readFrame(make([]byte, 1000)); err != nil {
+			t.Errorf("a frame: %v", err)
+		}
+		if err := newConn(s, &tardy{}, "").writeAll(net.Buffers{make([]byte, 1000)}, 1000); err != nil {
+			t.Errorf("an answer: %v", err)
+		}
 	})
 }
 
