@@ -584,7 +584,8 @@ func TestBigFetchers(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	var read atomic.Int64
+	errNothing := errors.New("an answer without a record: objects were not read in time")
+	var read, cut atomic.Int64
 	one := func(i, k int, c *wire) error {
 		if i >= fetchers {
 			return c.produced("t", int32((i+k)%partitions), value)
@@ -594,7 +595,7 @@ func TestBigFetchers(t *testing.T) {
 		}
 		size, err := c.receive(nil)
 		if err == nil && size < len(value) {
-			err = fmt.Errorf("an answer of %d bytes", size)
+			err = errNothing
 		}
 		read.Add(int64(size))
 		return err
@@ -615,15 +616,21 @@ func TestBigFetchers(t *testing.T) {
 				}
 			}
 			c.reset()
-			if tries++; err != nil && (!slow || tries == 100) { // others wait for the memory of its answer: the next is smaller
+			if err != nil && !errors.Is(err, errNothing) { // others wait for the memory of its answer: the next is smaller
+				cut.Add(1)
+			}
+			if tries++; err != nil && tries == 100 {
 				return fmt.Errorf("client %d, answer %d: %w", i, k, err)
 			}
 		}
 		return nil
 	})
-	peak, told := resident(n.PID, "VmHWM")
+	if told := metric(t, n, "estran_kafka_slow_connections_total"); float64(cut.Load()) > told { // on a busy machine the others may be too slow as well
+		t.Errorf("%d connections ended, %.0f of them because they were too slow", cut.Load(), told)
+	}
+	peak, known := resident(n.PID, "VmHWM")
 	t.Logf("%d MB were fetched, at most %d MiB were in memory; %.0f MB came from objects", read.Load()/1e6, peak>>20, metric(t, n, "estran_fetch_bytes_total", `tier="object"`)/1e6)
-	if told && peak > limit {
+	if known && peak > limit {
 		t.Errorf("%d MiB were in memory, %d are the limit", peak>>20, int64(limit)>>20)
 	}
 	if metric(t, n, "estran_fetch_bytes_total", `tier="object"`) == 0 {
