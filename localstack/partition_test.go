@@ -470,16 +470,31 @@ func TestBlackHole(t *testing.T) {
 	defer cancel()
 	wg.Go(func() { l.produce(t, nodes[0], "t", 6, ctx, 1<<30) })
 	groups := groupLabels(t, nodes[0])
-	// attempt cuts node 3 off and reports whether the groups that it did not lead stayed in their terms. A busy machine elects by itself: one calm attempt shows the claim.
-	attempt := func() (calm bool) {
-		before := l.count()
-		until(t, "acknowledgements with all up", func() bool { return l.count() > before+300 })
+	// others are the terms of the groups that node 3 does not lead.
+	others := func() map[string]float64 {
 		terms := map[string]float64{}
 		for g := range groups {
 			if metric(t, nodes[2], "estran_raft_state", fmt.Sprintf("{group=%q", g), `state="Leader"`) == 0 {
 				terms[g] = groupMetric(t, nodes[0], "estran_raft_term", g)
 			}
 		}
+		return terms
+	}
+	stayed := func(terms map[string]float64) bool {
+		calm := len(terms) > 0
+		for g, was := range terms {
+			if now := groupMetric(t, nodes[0], "estran_raft_term", g); now != was {
+				t.Logf("group %s went from term %.0f to %.0f", g, was, now)
+				calm = false
+			}
+		}
+		return calm
+	}
+	// attempt cuts node 3 off and reports whether the groups that it did not lead stayed in their terms. A busy machine elects by itself: one calm attempt shows the claim.
+	attempt := func() (calm bool) {
+		before := l.count()
+		until(t, "acknowledgements with all up", func() bool { return l.count() > before+300 })
+		terms := others()
 		if len(terms) == 0 {
 			return false
 		}
@@ -495,21 +510,29 @@ func TestBlackHole(t *testing.T) {
 		until(t, "calls to the black hole to fail", func() bool { return failed(0, "3") > toHole+3 })
 		before = l.count()
 		until(t, "acknowledgements beside a black hole", func() bool { return l.count() > before+300 })
-		calm = failed(0, "2") == toOther
-		for g, was := range terms {
-			if now := groupMetric(t, nodes[0], "estran_raft_term", g); now != was {
-				t.Logf("group %s went from term %.0f to %.0f", g, was, now)
-				calm = false
-			}
+		return stayed(terms) && failed(0, "2") == toOther
+	}
+	calm, against := false, 0
+	for i := 0; i < 10 && !calm && against < 4; i++ {
+		began := time.Now()
+		if calm = attempt(); calm {
+			break
 		}
-		return calm
+		took := time.Since(began)
+		before := l.count()
+		until(t, "acknowledgements with all up", func() bool { return l.count() > before+300 })
+		terms := others()
+		<-time.After(took) // what is looked at is a period: does nobody elect without a black hole?
+		if stayed(terms) {
+			against++
+		}
 	}
-	calm := false
-	for i := 0; i < 10 && !calm; i++ {
-		calm = attempt()
-	}
-	if !calm {
+	switch {
+	case calm:
+	case against >= 4:
 		t.Error("each time a node was a black hole, groups that it did not lead elected, or calls between the others failed")
+	default:
+		t.Log("this machine is so busy that voters elect all the time: whether a black hole makes them do so cannot be told")
 	}
 	before := l.count()
 	until(t, "acknowledgements with all up", func() bool { return l.count() > before+300 })
