@@ -1,7 +1,6 @@
 package state
 
 import (
-	"bufio"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -115,19 +114,19 @@ func (f *Frozen) WriteTo(w io.Writer) (int64, error) {
 }
 
 func writeSnapshot(w io.Writer, magic string, level uint32, v any) (int64, error) {
-	c := &counter{w: bufio.NewWriterSize(w, 64<<10)}
+	c := &counter{w: w}
 	head := binary.BigEndian.AppendUint32([]byte(magic), level)
 	if _, err := c.Write(head); err != nil {
 		return c.n, err
 	}
-	if err := json.NewEncoder(c).Encode(v); err != nil {
+	if err := json.NewEncoder(c).Encode(v); err != nil { // one write of all
 		return c.n, fmt.Errorf("state: writing a snapshot: %w", err)
 	}
-	return c.n, c.w.Flush()
+	return c.n, nil
 }
 
 type counter struct {
-	w *bufio.Writer
+	w io.Writer
 	n int64
 }
 
