@@ -166,11 +166,10 @@ func (c *config) overlay(path string, data []byte) error {
 	if c.Kafka == nil {
 		c.Kafka = map[string]any{}
 	}
-	for _, s := range settingsOf(&before) {
-		for _, now := range settingsOf(c) {
-			if now.key == s.key && !reflect.DeepEqual(now.value.Interface(), s.value.Interface()) {
-				c.origin[s.key] = path
-			}
+	now := settingsOf(c)
+	for i, s := range settingsOf(&before) { // the same ones in the same order
+		if !reflect.DeepEqual(now[i].value.Interface(), s.value.Interface()) {
+			c.origin[s.key] = path
 		}
 	}
 	for k := range c.Kafka {
@@ -272,7 +271,7 @@ func knownKeys() []string {
 
 // envName is ESTRAN_STORAGE_URL for storage.url.
 func envName(key string) string {
-	return "ESTRAN_" + strings.ToUpper(strings.NewReplacer(".", "_").Replace(key))
+	return "ESTRAN_" + strings.ToUpper(strings.ReplaceAll(key, ".", "_"))
 }
 
 // loadEnv overlays KAFKA_* (as the Apache image names them) and then ESTRAN_* variables. An unknown ESTRAN_* variable is an
