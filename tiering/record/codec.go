@@ -196,11 +196,11 @@ func Compress(c Codec, src []byte) ([]byte, error) {
 	case CodecLZ4:
 		w = lz4.NewWriter(&out)
 	case CodecZstd:
-		z, err := zstd.NewWriter(&out, zstd.WithEncoderConcurrency(1))
+		z, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
 		if err != nil {
 			return nil, fmt.Errorf("making a zstd encoder: %w", err)
 		}
-		w = z
+		return z.EncodeAll(src, nil), nil // takes no memory for a window that src does not fill
 	default:
 		return nil, fmt.Errorf("%w: %d", ErrCodec, c)
 	}
