@@ -16,41 +16,50 @@ import (
 // noOperations says that authorized operations were not asked for.
 const noOperations int32 = -2147483648
 
-// topicMeta is one topic of an answer.
-type topicMeta struct {
+// topicKey is what a topic is asked for by.
+type topicKey struct {
 	name string
 	id   record.TopicID
+}
+
+// topicMeta is one topic of an answer.
+type topicMeta struct {
+	topicKey
 	t    *state.Topic
 	code int16
 }
 
+// readTopics reads n topics of least bytes each, every one once.
+func (r *request) readTopics(n, least int, read func() topicKey) []topicMeta {
+	out := make([]topicMeta, 0, r.room(n, least))
+	again := repeated(n, func(i int) topicKey { return out[i].topicKey })
+	for range n {
+		if k := read(); !again(k) {
+			out = append(out, topicMeta{topicKey: k})
+		}
+	}
+	return out
+}
+
 func handleMetadata(r *request) error {
-	var asked []topicMeta
-	all := false
 	least := 2
 	if r.version >= 10 {
 		least = 17
 	}
 	n := r.array(least)
-	if n < 0 || n == 0 && r.version == 0 {
-		all = true
-	}
-	again := repeated[topicMeta]()
-	for range max(n, 0) {
-		var m topicMeta
+	all := n < 0 || n == 0 && r.version == 0
+	asked := r.readTopics(max(n, 0), least, func() (k topicKey) {
 		if r.version >= 10 {
-			m.id = r.uuid()
+			k.id = r.uuid()
 			if name := r.nstr(); name != nil {
-				m.name = *name
+				k.name = *name
 			}
 		} else {
-			m.name = r.str()
+			k.name = r.str()
 		}
 		r.tags()
-		if !again(m) {
-			asked = append(asked, m)
-		}
-	}
+		return k
+	})
 	create := true
 	if r.version >= 4 {
 		create = r.bool()
@@ -67,7 +76,7 @@ func handleMetadata(r *request) error {
 	}
 	if all {
 		for t := range r.s.b.Cluster().Topics() {
-			asked = append(asked, topicMeta{name: t.Name, id: t.ID, t: t})
+			asked = append(asked, topicMeta{topicKey: topicKey{t.Name, t.ID}, t: t})
 		}
 	} else {
 		for i := range asked {
@@ -121,7 +130,17 @@ func (r *request) autoCreate(m *topicMeta) int16 {
 
 func (r *request) encodeMetadata(topics []topicMeta) *writer {
 	c := r.s.b.Cluster()
-	w := r.respond(256 + 128*len(topics))
+	size := 256
+	for i := range topics {
+		size += 16 + len(topics[i].name)
+		if r.version >= 10 {
+			size += 16
+		}
+		if t := topics[i].t; t != nil {
+			size += 48 * len(t.Partitions)
+		}
+	}
+	w := r.respond(size)
 	if r.version >= 3 {
 		w.i32(0)
 	}

@@ -47,20 +47,18 @@ func (w *writer) cursor(c *topicCursor) {
 
 // topicSlice is a topic of an answer and those of its partitions that are in it.
 type topicSlice struct {
-	topicMeta
+	name     string
+	t        *state.Topic // nil if it is not there, for which code says why
 	from, to int32
+	code     int16
 }
 
 func handleDescribeTopicPartitions(r *request) error {
 	n := max(r.array(2), 0)
-	names := make([]string, 0, n)
-	again := repeated[string]()
+	names := make([]string, 0, r.room(n, 2))
 	for range n {
-		name := r.str()
+		names = append(names, r.str())
 		r.tags()
-		if !again(name) {
-			names = append(names, name)
-		}
 	}
 	limit := int(r.i32())
 	from := r.cursor()
@@ -68,16 +66,17 @@ func handleDescribeTopicPartitions(r *request) error {
 	if r.err != nil {
 		return r.err
 	}
+	slices.Sort(names)
+	names = slices.Compact(names) // what is named twice is answered once
 	all := len(names) == 0
 	if from != nil && (from.partition < 0 || !all && !slices.Contains(names, from.topic)) {
-		var refused []topicSlice
+		refused := make([]topicSlice, 0, len(names))
 		for _, name := range names {
-			refused = append(refused, topicSlice{topicMeta: topicMeta{name: name, code: codeInvalidRequest}})
+			refused = append(refused, topicSlice{name: name, code: codeInvalidRequest})
 		}
 		r.finish(r.encodeDescribed(refused, nil))
 		return nil
 	}
-	slices.Sort(names)
 	if all {
 		for t := range r.s.b.Cluster().Topics() {
 			names = append(names, t.Name)
@@ -93,12 +92,18 @@ func handleDescribeTopicPartitions(r *request) error {
 
 // sliceTopics takes partitions of topics, up to a limit, and says what comes next. Topics that are not there are left out if nobody asked for them by name.
 func (r *request) sliceTopics(names []string, from *topicCursor, limit int, all bool) (out []topicSlice, next *topicCursor) {
+	most := len(names)
+	if all {
+		most = min(most, limit)
+	}
+	out = make([]topicSlice, 0, most)
 	for _, name := range names {
 		if limit == 0 {
 			return out, &topicCursor{topic: name}
 		}
-		x := topicSlice{topicMeta: topicMeta{name: name}}
-		r.resolve(&x.topicMeta, false)
+		m := topicMeta{topicKey: topicKey{name: name}}
+		r.resolve(&m, false)
+		x := topicSlice{name: name, t: m.t, code: m.code}
 		if x.t == nil {
 			if !all {
 				out = append(out, x)
@@ -119,7 +124,7 @@ func (r *request) sliceTopics(names []string, from *topicCursor, limit int, all 
 }
 
 func (r *request) encodeDescribed(topics []topicSlice, next *topicCursor) *writer {
-	w := r.respond(256 + 64*len(topics))
+	w := r.respond(256 + 32*len(topics))
 	w.i32(0)
 	w.array(len(topics))
 	shards := map[record.ShardID]raftmeta.Replicas{}
@@ -127,7 +132,11 @@ func (r *request) encodeDescribed(topics []topicSlice, next *topicCursor) *write
 		x := &topics[i]
 		w.i16(x.code)
 		w.str(x.name)
-		w.uuid(x.id)
+		if x.t != nil {
+			w.uuid(x.t.ID)
+		} else {
+			w.uuid(record.TopicID{})
+		}
 		w.bool(false) // internal
 		w.array(int(x.to - x.from))
 		for p := x.from; p < x.to; p++ {

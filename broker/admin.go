@@ -277,27 +277,22 @@ func messageOf(err error) string {
 
 // DeleteTopics (20), versions 0-6: error messages from 5, by topic ID from 6.
 func handleDeleteTopics(r *request) error {
-	var asked []topicMeta
-	again := repeated[topicMeta]()
+	least, each := r.leastString(), 16
 	if r.version >= 6 {
-		for range max(r.array(17), 0) {
-			var m topicMeta
-			if name := r.nstr(); name != nil {
-				m.name = *name
-			}
-			m.id = r.uuid()
-			r.tags()
-			if !again(m) {
-				asked = append(asked, m)
-			}
-		}
-	} else {
-		for _, name := range r.strs() {
-			if m := (topicMeta{name: name}); !again(m) {
-				asked = append(asked, m)
-			}
-		}
+		least, each = 17, 32
 	}
+	asked := r.readTopics(max(r.array(least), 0), least, func() (k topicKey) {
+		if r.version < 6 {
+			k.name = r.str()
+			return k
+		}
+		if name := r.nstr(); name != nil {
+			k.name = *name
+		}
+		k.id = r.uuid()
+		r.tags()
+		return k
+	})
 	wait := timeoutOf(r.i32())
 	r.tags()
 	if r.err != nil {
@@ -329,7 +324,7 @@ func handleDeleteTopics(r *request) error {
 	for i, err := range r.s.b.DeleteTopics(ctx, ids) {
 		gone[i].code = codeOf(err)
 	}
-	w := r.respond(64 * len(asked))
+	w := r.respond(each * len(asked))
 	if r.version >= 1 {
 		w.i32(0)
 	}

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"slices"
@@ -82,9 +83,10 @@ func handleDescribeConfigs(r *request) error {
 		configResource
 		keys []string
 	}
-	var res []resource
-	again := repeated[configResource]()
-	for range max(r.array(4), 0) {
+	n := max(r.array(4), 0)
+	res := make([]resource, 0, r.room(n, 4))
+	again := repeated(n, func(i int) configResource { return res[i].configResource })
+	for range n {
 		x := resource{configResource{r.i8(), r.str()}, r.strs()}
 		r.tags()
 		if r.err != nil {
@@ -100,11 +102,13 @@ func handleDescribeConfigs(r *request) error {
 	if r.err != nil {
 		return r.err
 	}
-	w := r.respond(1024 * len(res))
+	ctx, cancel := r.timeout(adminTimeout)
+	defer cancel()
+	w := r.respond(1024 + 64*len(res))
 	w.i32(0)
 	w.array(len(res))
 	for _, x := range res {
-		rows, err := r.describeConfigs(x.typ, x.name)
+		rows, err := r.describeConfigs(ctx, x.typ, x.name)
 		if x.keys != nil {
 			rows = slices.DeleteFunc(rows, func(c configRow) bool { return !slices.Contains(x.keys, c.name) })
 		}
@@ -123,12 +127,10 @@ func handleDescribeConfigs(r *request) error {
 	return nil
 }
 
-func (r *request) describeConfigs(typ int8, name string) (rows []configRow, err error) {
+func (r *request) describeConfigs(ctx context.Context, typ int8, name string) (rows []configRow, err error) {
 	s := r.s
 	switch typ {
 	case resourceTopic:
-		ctx, cancel := r.timeout(adminTimeout)
-		defer cancel()
 		t, err := r.topicNamed(ctx, name)
 		if err != nil {
 			return nil, err
@@ -241,6 +243,8 @@ func handleIncrementalAlterConfigs(r *request) error {
 	if r.err != nil {
 		return r.err
 	}
+	ctx, cancel := r.timeout(adminTimeout)
+	defer cancel()
 	w := r.respond(64 * len(res))
 	w.i32(0)
 	w.array(len(res))
@@ -248,7 +252,7 @@ func handleIncrementalAlterConfigs(r *request) error {
 		switch {
 		case x.err != nil:
 		case x.typ == resourceTopic:
-			x.err = r.alterTopic(x.name, x.ops, validate)
+			x.err = r.alterTopic(ctx, x.name, x.ops, validate)
 		default:
 			x.err = codedError{codeInvalidRequest, fmt.Sprintf("resource type %d cannot be changed by request: use the node's configuration", x.typ)}
 		}
@@ -263,9 +267,7 @@ func handleIncrementalAlterConfigs(r *request) error {
 	return nil
 }
 
-func (r *request) alterTopic(name string, ops []alteration, validate bool) error {
-	ctx, cancel := r.timeout(adminTimeout)
-	defer cancel()
+func (r *request) alterTopic(ctx context.Context, name string, ops []alteration, validate bool) error {
 	t, err := r.topicToChange(ctx, name)
 	if err != nil {
 		return err

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"slices"
 	"sync"
 	"time"
 
@@ -223,13 +222,13 @@ func handleFindCoordinator(r *request) error {
 		kind = r.i8()
 	}
 	if r.version >= 4 {
-		keys = slices.DeleteFunc(r.strs(), repeated[string]())
+		keys = r.names()
 	}
 	r.tags()
 	if r.err != nil {
 		return r.err
 	}
-	w := r.respond(64 * (1 + len(keys)))
+	w := r.respond(32 * (1 + len(keys)))
 	if r.version >= 1 {
 		w.i32(0)
 	}

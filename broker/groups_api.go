@@ -1,7 +1,6 @@
 package broker
 
 import (
-	"slices"
 	"time"
 
 	"github.com/estran/estran/broker/group"
@@ -243,7 +242,7 @@ func handleLeaveGroup(r *request) error {
 
 // DescribeGroups (15), versions 0-6: authorized operations from 3, static members from 4; from 6 an unknown group is an error.
 func handleDescribeGroups(r *request) error {
-	ids := slices.DeleteFunc(r.strs(), repeated[string]())
+	ids := r.names()
 	if r.version >= 3 {
 		r.bool()
 	}
@@ -251,7 +250,7 @@ func handleDescribeGroups(r *request) error {
 	if r.err != nil {
 		return r.err
 	}
-	w := r.respond(256 * (1 + len(ids)))
+	w := r.respond(256 + 48*len(ids))
 	if r.version >= 1 {
 		w.i32(0)
 	}
@@ -274,7 +273,7 @@ func (r *request) describeGroup(w *writer, id string) {
 				view.State, view.ProtocolType, view.Protocol = g.State, g.ProtocolType, g.Protocol
 			})
 		case r.version >= 6:
-			code, msg = codeGroupIDNotFound, "group "+id+" not found"
+			code, msg = codeGroupIDNotFound, "the group does not exist"
 		}
 	}
 	var members []group.Member
@@ -354,12 +353,12 @@ func handleListGroups(r *request) error {
 
 // DeleteGroups (42), versions 0-2.
 func handleDeleteGroups(r *request) error {
-	ids := slices.DeleteFunc(r.strs(), repeated[string]())
+	ids := r.names()
 	r.tags()
 	if r.err != nil {
 		return r.err
 	}
-	w := r.respond(64 * (1 + len(ids)))
+	w := r.respond(16 * (1 + len(ids)))
 	w.i32(0)
 	w.array(len(ids))
 	for _, id := range ids {

@@ -227,8 +227,10 @@ func handleOffsetFetch(r *request) error {
 		g.decodeTopics(r)
 		groups = []fetchGroup{g}
 	} else {
-		again := repeated[string]()
-		for range max(r.array(3), 0) {
+		n := max(r.array(3), 0)
+		groups = make([]fetchGroup, 0, r.room(n, 3))
+		again := repeated(n, func(i int) string { return groups[i].id })
+		for range n {
 			g := fetchGroup{id: r.str()}
 			if r.version >= 9 {
 				r.nstr()
@@ -248,22 +250,20 @@ func handleOffsetFetch(r *request) error {
 	if r.err != nil {
 		return r.err
 	}
+	ctx, cancel := r.timeout(5 * time.Second)
+	defer cancel()
+	size := 256
 	for i := range groups {
 		g := &groups[i]
+		size += 16 + len(g.id) + 24*len(g.topics)
 		if g.code = checkGroupID(g.id); g.code == codeNone {
 			_, g.code = r.s.groups.shardOf(g.id)
 		}
 		if g.code == codeNone { // never a guess: what was acknowledged before must be applied here
-			ctx, cancel := r.timeout(5 * time.Second)
 			if err := r.s.b.Prove(ctx, r.s.b.GroupShard(g.id)); err != nil {
 				g.code = groupCodeOf(err)
 			}
-			cancel()
 		}
-	}
-	size := 256
-	for i := range groups {
-		size += 24 * len(groups[i].topics)
 	}
 	w := r.respond(size)
 	if r.version >= 3 {
@@ -306,7 +306,7 @@ func (g *fetchGroup) decodeTopics(r *request) {
 
 // encodeOffsets writes the topics of a group; every partition that was asked for is in the answer, with -1 if nothing was committed.
 func (r *request) encodeOffsets(w *writer, g *fetchGroup) {
-	offsets := map[record.TopicPartition]state.OffsetCommit{}
+	var offsets map[record.TopicPartition]state.OffsetCommit
 	if st := r.s.b.Group(g.id); st != nil && g.code == codeNone {
 		offsets = st.Offsets
 	}

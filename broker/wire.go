@@ -3,7 +3,9 @@ package broker
 import (
 	"encoding/binary"
 	"errors"
+	"hash/maphash"
 	"math"
+	"math/bits"
 
 	"github.com/estran/estran/tiering/record"
 )
@@ -88,12 +90,12 @@ func (r *reader) length(short bool) int {
 
 // str reads a string; null is an error.
 func (r *reader) str() string {
-	s := r.nstr()
-	if s == nil {
+	n := r.length(true)
+	if n < 0 {
 		r.err = errDecode
 		return ""
 	}
-	return *s
+	return string(r.take(n))
 }
 
 // nstr reads a nullable string.
@@ -141,13 +143,17 @@ func (r *reader) i32s() []int32 {
 	return out
 }
 
+// leastString is the length of an empty string.
+func (r *reader) leastString() int {
+	if r.flex {
+		return 1
+	}
+	return 2
+}
+
 // strs reads an array of strings; null stays nil.
 func (r *reader) strs() []string {
-	least := 2
-	if r.flex {
-		least = 1
-	}
-	n := r.array(least)
+	n := r.array(r.leastString())
 	if n < 0 {
 		return nil
 	}
@@ -158,14 +164,37 @@ func (r *reader) strs() []string {
 	return out
 }
 
+// names reads an array of strings, each once; null is empty.
+func (r *reader) names() []string {
+	n := max(r.array(r.leastString()), 0)
+	out := make([]string, 0, r.room(n, r.leastString()))
+	again := repeated(n, func(i int) string { return out[i] })
+	for range n {
+		if s := r.str(); !again(s) {
+			out = append(out, s)
+		}
+	}
+	return out
+}
+
+// room is how many of the n elements of an array can differ, if each takes least bytes and those of its name: where there are many, two at least.
+func (r *reader) room(n, least int) int { return min(n, len(r.b)/(least+2)+1) }
+
 // repeated reports whether it was given a key before. What a request names twice is answered once, as clients expect it who look for it by its name: else a frame of a few bytes a
-// time would ask for the whole of a large answer each time.
-func repeated[K comparable]() func(K) bool {
-	seen := map[K]struct{}{}
+// time would ask for the whole of a large answer each time. It is asked n times; nth is the key of the nth answer that was no, which the caller has kept: a map would be a multiple
+// of the request.
+func repeated[K comparable](n int, nth func(int) K) func(K) bool {
+	seed, table, kept := maphash.MakeSeed(), make([]int32, 1<<bits.Len(uint(n+n/2))), int32(0)
 	return func(k K) bool {
-		n := len(seen)
-		seen[k] = struct{}{}
-		return len(seen) == n
+		at := int(maphash.Comparable(seed, k) % uint64(len(table)))
+		for ; table[at] != 0; at = (at + 1) % len(table) {
+			if nth(int(table[at]-1)) == k {
+				return true
+			}
+		}
+		kept++
+		table[at] = kept
+		return false
 	}
 }
 
