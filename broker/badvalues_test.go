@@ -133,6 +133,7 @@ func TestBadBatches(t *testing.T) {
 		rows = append(rows, row{c.String() + ": bomb", codeMessageTooLarge, withRecords(shell, bomb)})
 	}
 	rows = append(rows,
+		row{"a snappy block that says sixty times its bytes", invalid, withRecords(changed(one, 21, 0, 2), append(binary.AppendUvarint(nil, 6_000_000), make([]byte, 100_000)...))},
 		row{"snappy: block longer than the batch", invalid, withRecords(changed(one, 21, 0, 2), append([]byte{0x82, 'S', 'N', 'A', 'P', 'P', 'Y', 0, 0, 0, 0, 1, 0, 0, 0, 1}, 0x7f, 0xff, 0xff, 0xff, 1))},
 		row{"snappy: block that says it holds a gigabyte", invalid, withRecords(changed(one, 21, 0, 2), append([]byte{0x82, 'S', 'N', 'A', 'P', 'P', 'Y', 0, 0, 0, 0, 1, 0, 0, 0, 1}, 0, 0, 0, 6, 0x80, 0x80, 0x80, 0x80, 4, 0))},
 		row{"zstd: window of 64 MiB and more", invalid, withRecords(changed(one, 21, 0, 4), []byte{0x28, 0xb5, 0x2f, 0xfd, 0x00, 0xf8, 1, 0, 0})})

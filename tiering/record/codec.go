@@ -172,7 +172,7 @@ func (r *snappyReader) next() error {
 		r.src = nil
 	}
 	n, err := s2.DecodedLen(in)
-	if err != nil || n > snappyBlockMax || n > 64*len(in)+1024 { // snappy expands at most ~21 times
+	if err != nil || n > snappyBlockMax || n > 22*len(in)+1024 { // three bytes copy 64 at most
 		return fmt.Errorf("%w: snappy block of %d bytes says it holds %d: %v", ErrInvalid, len(in), n, err)
 	}
 	r.block, err = s2.Decode(nil, in)
