@@ -48,10 +48,13 @@ func (r *request) findTopic(ctx context.Context, find func(*state.Cluster) (*sta
 	return nil, raftmeta.ErrUnknownTopic
 }
 
+// errNoTopic does not say which: its name stands beside it in every answer.
+var errNoTopic error = codedError{codeUnknownTopicOrPartition, "the topic does not exist"}
+
 func (r *request) topicNamed(ctx context.Context, name string) (*state.Topic, error) {
 	t, err := r.findTopic(ctx, func(c *state.Cluster) (*state.Topic, bool) { return c.Topic(name) })
 	if errors.Is(err, raftmeta.ErrUnknownTopic) {
-		err = codedError{codeUnknownTopicOrPartition, fmt.Sprintf("topic %q does not exist", name)}
+		err = errNoTopic
 	}
 	return t, err
 }

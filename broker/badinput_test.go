@@ -297,7 +297,8 @@ func answerOf(c net.Conn, frame []byte) ([]byte, error) {
 		_ = c.Close()
 		return nil, err
 	}
-	b := append(size, make([]byte, binary.BigEndian.Uint32(size))...)
+	b := make([]byte, 4+binary.BigEndian.Uint32(size))
+	copy(b, size)
 	_, err := io.ReadFull(c, b[4:])
 	return b, err
 }

@@ -228,7 +228,7 @@ func handleFindCoordinator(r *request) error {
 	if r.err != nil {
 		return r.err
 	}
-	w := r.respond(32 * (1 + len(keys)))
+	w := r.respond(64 + 24*len(keys))
 	if r.version >= 1 {
 		w.i32(0)
 	}

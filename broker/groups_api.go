@@ -115,8 +115,9 @@ func handleSyncGroup(r *request) error {
 			q.Protocol = *s
 		}
 	}
-	q.Assignments = map[string][]byte{}
-	for range max(r.array(3), 0) {
+	n := max(r.array(3), 0)
+	q.Assignments = make(map[string][]byte, r.room(n, 3))
+	for range n {
 		m := r.str()
 		q.Assignments[m] = append([]byte(nil), r.bytes()...)
 		r.tags()
@@ -250,7 +251,7 @@ func handleDescribeGroups(r *request) error {
 	if r.err != nil {
 		return r.err
 	}
-	w := r.respond(256 + 48*len(ids))
+	w := r.respond(256 + 40*len(ids))
 	if r.version >= 1 {
 		w.i32(0)
 	}
@@ -273,7 +274,7 @@ func (r *request) describeGroup(w *writer, id string) {
 				view.State, view.ProtocolType, view.Protocol = g.State, g.ProtocolType, g.Protocol
 			})
 		case r.version >= 6:
-			code, msg = codeGroupIDNotFound, "the group does not exist"
+			code, msg = codeGroupIDNotFound, "unknown group"
 		}
 	}
 	var members []group.Member
