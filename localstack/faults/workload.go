@@ -87,7 +87,7 @@ func start(ctx context.Context, brokers []string, seed uint64) (*workload, error
 	defer cl.Close()
 	limit, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	if err := makeTopics(limit, cl); err != nil {
+	if !until(func() bool { err = makeTopics(limit, cl); return err == nil || ctx.Err() != nil }) {
 		return nil, fmt.Errorf("%w: making topics: %w", errStuck, err)
 	}
 	ctx, w.end = context.WithCancel(ctx)
@@ -116,7 +116,7 @@ func start(ctx context.Context, brokers []string, seed uint64) (*workload, error
 	return w, nil
 }
 
-// makeTopics asks for both at once.
+// makeTopics asks for both at once; what an answer that was lost has made is there.
 func makeTopics(ctx context.Context, cl *kgo.Client) error {
 	q := kmsg.NewPtrCreateTopicsRequest()
 	for _, t := range []struct {
@@ -135,7 +135,7 @@ func makeTopics(ctx context.Context, cl *kgo.Client) error {
 		return err
 	}
 	for _, t := range resp.Topics {
-		if err := kerr.ErrorForCode(t.ErrorCode); err != nil {
+		if err := kerr.ErrorForCode(t.ErrorCode); err != nil && !errors.Is(err, kerr.TopicAlreadyExists) {
 			return fmt.Errorf("topic %s: %w", t.Topic, err)
 		}
 	}
