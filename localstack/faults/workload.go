@@ -218,6 +218,9 @@ func decode(b []byte) uint64 {
 }
 
 func (w *workload) produce(ctx context.Context, cl *kgo.Client, process int32) {
+	wait, giveUp := context.WithCancel(context.Background()) // for records that nobody takes there is no room in the client, for ever
+	defer giveUp()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(flushTime, giveUp) })()
 	pace, sent := time.Now(), 0
 	for i := process; ctx.Err() == nil; i++ {
 		if sent++; sent == perMs*10 {
@@ -228,7 +231,7 @@ func (w *workload) produce(ctx context.Context, cl *kgo.Client, process int32) {
 		topic, p := partitionOf(key)
 		w.unacked.Add(1)
 		b := encode(v)
-		cl.Produce(context.Background(), &kgo.Record{Topic: topic, Partition: p, Value: b}, func(r *kgo.Record, err error) {
+		cl.Produce(wait, &kgo.Record{Topic: topic, Partition: p, Value: b}, func(r *kgo.Record, err error) {
 			w.unacked.Add(-1)
 			o := check.Op{Process: process, Kind: check.Send, Outcome: check.OK, Start: began, End: w.now(), Records: []check.Record{{Key: key, Offset: r.Offset, Value: v, Hash: crc32.ChecksumIEEE(b)}}}
 			if err != nil {
@@ -239,9 +242,7 @@ func (w *workload) produce(ctx context.Context, cl *kgo.Client, process int32) {
 			w.record(o)
 		})
 	}
-	flush, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	_ = cl.Flush(flush) // what is left is unknown
+	_ = cl.Flush(wait) // what is left is unknown
 }
 
 // acknowledge counts a record that was acknowledged at an offset.
