@@ -128,6 +128,7 @@ func (w *workload) foreignProduce(ctx context.Context, cmd *exec.Cmd, process in
 	feed := func() {
 		for i := process; ; i++ {
 			sleep(ctx, foreignPace)
+			w.lull(ctx)
 			select {
 			case room <- struct{}{}:
 			case <-over:

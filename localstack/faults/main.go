@@ -341,7 +341,7 @@ func round(ctx context.Context, r *result, w *world, load *workload, n nemesis, 
 	}
 	begun := load.count()
 	took := until(f.hit)
-	outstanding := load.unacked.Load() > 0
+	outstanding := within(lullEvery, func() bool { return load.unacked.Load() > 0 }) // nobody writes now and then
 	hold := w.hold()
 	time.Sleep(hold) // how long the fault lasts
 	if err := f.heal(ctx); err != nil {
@@ -373,8 +373,10 @@ func round(ctx context.Context, r *result, w *world, load *workload, n nemesis, 
 }
 
 // until waits for a condition of other processes, for which there is no event.
-func until(cond func() bool) bool {
-	for end := time.Now().Add(patience); !cond(); time.Sleep(5 * time.Millisecond) {
+func until(cond func() bool) bool { return within(patience, cond) }
+
+func within(limit time.Duration, cond func() bool) bool {
+	for end := time.Now().Add(limit); !cond(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			return false
 		}

@@ -227,6 +227,7 @@ func (w *workload) produce(ctx context.Context, cl *kgo.Client, process int32) {
 			sleep(ctx, time.Until(pace.Add(10*time.Millisecond)))
 			pace, sent = time.Now(), 0
 		}
+		w.lull(ctx)
 		v, key, began := w.value.Add(1), i%partitions, w.now()
 		topic, p := partitionOf(key)
 		w.unacked.Add(1)
@@ -243,6 +244,19 @@ func (w *workload) produce(ctx context.Context, cl *kgo.Client, process int32) {
 		})
 	}
 	_ = cl.Flush(wait) // what is left is unknown
+}
+
+// Nobody writes at the end of every lullEvery: groups are idle for a moment, with whatever they are at.
+const (
+	lullEvery = 3 * time.Second
+	lullTime  = 400 * time.Millisecond
+)
+
+// lull returns when such a moment is over.
+func (w *workload) lull(ctx context.Context) {
+	if at := time.Since(w.begun) % lullEvery; at > lullEvery-lullTime {
+		sleep(ctx, lullEvery-at)
+	}
 }
 
 // acknowledge counts a record that was acknowledged at an offset.
