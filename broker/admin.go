@@ -310,7 +310,9 @@ func handleDeleteTopics(r *request) error {
 		var err error
 		named := m.name != "" || r.version < 6
 		if named {
-			m.t, err = r.topicToChange(ctx, m.name)
+			if err = r.current(ctx); err == nil { // else one that was made again has another ID here
+				m.t, err = r.findTopic(ctx, func(c *state.Cluster) (*state.Topic, bool) { return c.Topic(m.name) })
+			}
 		} else {
 			m.t, err = r.findTopic(ctx, func(c *state.Cluster) (*state.Topic, bool) { return c.TopicByID(m.id) })
 		}
