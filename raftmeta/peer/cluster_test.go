@@ -2,6 +2,7 @@ package peer
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"hash/crc32"
@@ -10,6 +11,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -233,19 +235,36 @@ func newCluster(t testing.TB, size int, slow bool) *cluster {
 	return c
 }
 
-// elect makes the first node the leader of a cluster whose timers do not run out. A vote may be lost on a busy machine: then it stands again, which no timer would make it do.
+// elect makes a cluster whose timers do not run out elect a leader: the first of the nodes whose logs are the longest, as no other can win. A vote may be lost on a busy machine: then it
+// stands again, which no timer would make it do.
 func (c *cluster) elect() (lead *node) {
 	c.t.Helper()
-	lead = c.nodes[0]
 	var stood time.Time
-	eventually(c.t, "the first node to be elected", func() bool {
-		if !lead.leads() && time.Since(stood) > 2*lead.at.vote {
-			stood = time.Now()
-			lead.trans.ElectNow()
+	eventually(c.t, "a node to be elected", func() bool {
+		if slices.ContainsFunc(c.nodes, (*node).leads) {
+			return true
 		}
-		return lead.leads()
+		if n := slices.MaxFunc(c.nodes, func(a, b *node) int {
+			return cmp.Or(cmp.Compare(a.last().Term, b.last().Term), cmp.Compare(a.last().Index, b.last().Index))
+		}); time.Since(stood) > 2*n.at.vote {
+			stood = time.Now()
+			n.trans.ElectNow()
+		}
+		return false
 	})
 	return c.leader()
+}
+
+// last is the last entry of the node's log.
+func (n *node) last() (e raft.Log) {
+	i, err := n.log.LastIndex()
+	if err == nil {
+		err = n.log.GetLog(i, &e)
+	}
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return e
 }
 
 // newClusterOf makes nodes as change says and starts them.
