@@ -47,8 +47,8 @@ func (w *writer) cursor(c *topicCursor) {
 
 // topicSlice is a topic of an answer and those of its partitions that are in it.
 type topicSlice struct {
-	name     string
 	t        *state.Topic // nil if it is not there, for which code says why
+	named    int32        // which of the names
 	from, to int32
 	code     int16
 }
@@ -71,10 +71,10 @@ func handleDescribeTopicPartitions(r *request) error {
 	all := len(names) == 0
 	if from != nil && (from.partition < 0 || !all && !slices.Contains(names, from.topic)) {
 		refused := make([]topicSlice, 0, len(names))
-		for _, name := range names {
-			refused = append(refused, topicSlice{name: name, code: codeInvalidRequest})
+		for i := range names {
+			refused = append(refused, topicSlice{named: int32(i), code: codeInvalidRequest})
 		}
-		r.finish(r.encodeDescribed(refused, nil))
+		r.finish(r.encodeDescribed(names, refused, nil))
 		return nil
 	}
 	if all {
@@ -86,7 +86,9 @@ func handleDescribeTopicPartitions(r *request) error {
 		from = &topicCursor{}
 	}
 	i, _ := slices.BinarySearch(names, from.topic)
-	r.finish(r.encodeDescribed(r.sliceTopics(names[i:], from, min(max(limit, 1), describedMost), all)))
+	names = names[i:]
+	parts, next := r.sliceTopics(names, from, min(max(limit, 1), describedMost), all)
+	r.finish(r.encodeDescribed(names, parts, next))
 	return nil
 }
 
@@ -97,13 +99,13 @@ func (r *request) sliceTopics(names []string, from *topicCursor, limit int, all 
 		most = min(most, limit)
 	}
 	out = make([]topicSlice, 0, most)
-	for _, name := range names {
+	for i, name := range names {
 		if limit == 0 {
 			return out, &topicCursor{topic: name}
 		}
 		m := topicMeta{topicKey: topicKey{name: name}}
 		r.resolve(&m, false)
-		x := topicSlice{name: name, t: m.t, code: m.code}
+		x := topicSlice{t: m.t, named: int32(i), code: m.code}
 		if x.t == nil {
 			if !all {
 				out = append(out, x)
@@ -123,7 +125,7 @@ func (r *request) sliceTopics(names []string, from *topicCursor, limit int, all 
 	return out, nil
 }
 
-func (r *request) encodeDescribed(topics []topicSlice, next *topicCursor) *writer {
+func (r *request) encodeDescribed(names []string, topics []topicSlice, next *topicCursor) *writer {
 	w := r.respond(256 + 32*len(topics))
 	w.i32(0)
 	w.array(len(topics))
@@ -131,7 +133,7 @@ func (r *request) encodeDescribed(topics []topicSlice, next *topicCursor) *write
 	for i := range topics {
 		x := &topics[i]
 		w.i16(x.code)
-		w.str(x.name)
+		w.str(names[x.named])
 		if x.t != nil {
 			w.uuid(x.t.ID)
 		} else {
