@@ -44,9 +44,13 @@ var windows = []window{
 	{planted.StockHeartbeat, "a leader waits 30 ms between looking at its state and at its term", "raft.go", "\tterm := r.getCurrentTerm()\n\tlastIndex := r.getLastIndex()\n\n\tn := len(applyLogs)\n",
 		"\tif os.Getenv(\"ESTRAN_TEST_PLANTED\") == \"" + planted.StockHeartbeat + "\" {\n\t\tfor range 30 { // a longer wait would be over when a stopped process goes on\n\t\t\ttime.Sleep(time.Millisecond)\n\t\t}\n\t}\n" +
 			"\tterm := r.getCurrentTerm()\n\tlastIndex := r.getLastIndex()\n\n\tn := len(applyLogs)\n"},
-	// A request that ends below what the follower has to give up: raft's leaders begin behind their own last entry and go back one by one.
-	{planted.CommitIndexUnclamped, "a new leader sends its last 100 entries again", "raft.go", "\tlastIdx := r.getLastIndex()\n\n\t// Start replication goroutines that need starting\n",
-		"\tlastIdx := r.getLastIndex()\n\tif first, err := r.logs.FirstIndex(); err == nil && os.Getenv(\"ESTRAN_TEST_PLANTED\") == \"" + planted.CommitIndexUnclamped + "\" && lastIdx > first+101 {\n\t\tlastIdx -= 100\n\t}\n\n\t// Start replication goroutines that need starting\n"},
+	// A follower's word from before a pause stands for one that was asked for after it: else only while a heartbeat is on its way, and a leader that was stopped looks at its lease before it
+	// does anything.
+	{planted.VerifyLeaderAsProof, "a leader takes 30 ms to count a heartbeat's answer, and its lease lasts 20 times as long", "replication.go", "\t\t\ts.notifyAll(resp.Success)\n\t\t}\n\t}\n}\n\n// pipelineReplicate",
+		"\t\t\tif os.Getenv(\"ESTRAN_TEST_PLANTED\") == \"" + planted.VerifyLeaderAsProof + "\" {\n\t\t\t\tfor range 30 {\n\t\t\t\t\ttime.Sleep(time.Millisecond)\n\t\t\t\t}\n\t\t\t}\n" +
+			"\t\t\ts.notifyAll(resp.Success)\n\t\t}\n\t}\n}\n\n// pipelineReplicate"},
+	{planted.VerifyLeaderAsProof, "the same", "raft.go", "\tleaseTimeout := r.config().LeaderLeaseTimeout\n",
+		"\tleaseTimeout := r.config().LeaderLeaseTimeout\n\tif os.Getenv(\"ESTRAN_TEST_PLANTED\") == \"" + planted.VerifyLeaderAsProof + "\" {\n\t\tleaseTimeout *= 20\n\t}\n"},
 }
 
 // widens says how a mistake's window is widened; "" = it is not.
