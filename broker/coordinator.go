@@ -33,6 +33,13 @@ type shardGroups struct {
 type liveGroup struct {
 	*group.Group
 	timer *time.Timer
+	saves []save // records that are not committed yet, the first of them on its way
+}
+
+// save is a group's record, and who waits for it.
+type save struct {
+	record state.PutGroup
+	done   func(int16)
 }
 
 func newCoordinator(s *Server) *coordinator {
@@ -96,20 +103,31 @@ func (sg *shardGroups) adopt(g *group.Group) *liveGroup {
 	return l
 }
 
-// persist commits a group's record; done runs under the lock.
+// persist commits a group's record behind those before it; done runs under the lock.
 func (sg *shardGroups) persist(l *liveGroup, rec []byte, empty bool, done func(int16)) {
 	if empty && l.ProtocolType == "" {
 		done(codeNone)
 		return
 	}
-	cmd := state.PutGroup{ID: l.ID, ProtocolType: l.ProtocolType, Record: rec, Empty: empty}
-	go sg.c.s.b.ProposeGroup(sg.id, []state.Command{cmd}, func(err error) { // not under the lock
+	l.saves = append(l.saves, save{state.PutGroup{ID: l.ID, ProtocolType: l.ProtocolType, Record: rec, Empty: empty}, done})
+	if len(l.saves) == 1 {
+		sg.save(l)
+	}
+}
+
+// save commits the first record that waits, and then the others.
+func (sg *shardGroups) save(l *liveGroup) {
+	first := l.saves[0]
+	go sg.c.s.b.ProposeGroup(sg.id, []state.Command{first.record}, func(err error) { // not under the lock
 		sg.mu.Lock()
 		defer sg.mu.Unlock()
 		if sg.gone {
 			return // whoever waits was told when the group was unloaded
 		}
-		done(groupCodeOf(err))
+		if l.saves = l.saves[1:]; len(l.saves) > 0 {
+			sg.save(l)
+		}
+		first.done(groupCodeOf(err))
 		sg.rearm(l)
 	})
 }
@@ -130,7 +148,7 @@ func (sg *shardGroups) rearm(l *liveGroup) {
 	switch {
 	case !next.IsZero():
 		l.timer.Reset(max(time.Until(next), time.Millisecond))
-	case l.State == group.Empty && l.Size() == 0:
+	case l.State == group.Empty && l.Size() == 0 && len(l.saves) == 0:
 		l.timer.Stop()
 		delete(sg.groups, l.ID)
 	default:
