@@ -94,8 +94,18 @@ func (c *conn) serve() {
 	}
 }
 
-// abort makes reader and writer end.
-func (c *conn) abort() { _ = c.c.Close() }
+// abort makes reader and writer end, also those that wait for an answer which nobody gives any more.
+func (c *conn) abort() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.abortLocked()
+}
+
+func (c *conn) abortLocked() {
+	_ = c.c.Close()
+	c.closed = true
+	c.cond.Broadcast()
+}
 
 // closeIfIdle closes the connection if nothing is in flight on it.
 func (c *conn) closeIfIdle() bool {
@@ -104,7 +114,7 @@ func (c *conn) closeIfIdle() bool {
 	if len(c.queue) > 0 || c.busy {
 		return false
 	}
-	c.abort()
+	c.abortLocked()
 	return true
 }
 
@@ -350,10 +360,6 @@ func (c *conn) write() {
 		clear(bufs[:cap(bufs)])
 		if err != nil {
 			c.abort() // the reader ends, and then this loop
-			c.mu.Lock()
-			c.closed = true
-			c.cond.Broadcast()
-			c.mu.Unlock()
 		}
 	}
 }
