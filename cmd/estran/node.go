@@ -52,11 +52,16 @@ type node struct {
 	end      context.CancelFunc
 	wg       sync.WaitGroup
 	started  time.Time
+	// faultLimit is how long a node may take to stop after a fault. It serves nobody, and others lead what it led only when it is gone; a crash loses nothing.
+	faultLimit time.Duration
+	endProcess func(code int)
 }
+
+const faultLimit = 10 * time.Second
 
 // startNode builds and starts a voter. On an error everything that was started is stopped again.
 func startNode(ctx context.Context, cfg *config, log *slog.Logger) (_ *node, err error) {
-	n := &node{cfg: cfg, log: log, fatal: make(chan error, 8), wired: make(chan struct{}), started: time.Now()}
+	n := &node{cfg: cfg, log: log, fatal: make(chan error, 8), wired: make(chan struct{}), started: time.Now(), faultLimit: faultLimit, endProcess: os.Exit}
 	n.life, n.end = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
@@ -359,6 +364,7 @@ func (n *node) stop(ctx context.Context) {
 // run waits for the end: a signal drains, a second one or a fault stops at once.
 func (n *node) run(ctx context.Context, s streams) error {
 	var err error
+	var over <-chan time.Time
 	select {
 	case <-ctx.Done():
 		dctx, cancel := context.WithTimeout(context.Background(), time.Duration(n.cfg.Shutdown.DrainTimeout))
@@ -371,6 +377,7 @@ func (n *node) run(ctx context.Context, s streams) error {
 			n.exit(s, err)
 		}
 		_ = n.kafka.Close()
+		over = time.After(n.faultLimit)
 	}
 	stopped := make(chan struct{})
 	go func() {
@@ -388,6 +395,10 @@ func (n *node) run(ctx context.Context, s streams) error {
 				}
 				n.exit(s, err)
 			}
+		case <-over:
+			n.log.Error("the node has not stopped in time and is ended", "component", "node", "after", n.faultLimit)
+			n.exit(s, err)
+			return err
 		}
 	}
 }
@@ -402,7 +413,7 @@ func (n *node) exit(s streams, err error) {
 	if n.server != nil {
 		n.server.Abort()
 	}
-	os.Exit(printError(s.err, err))
+	n.endProcess(printError(s.err, err))
 }
 
 // newLogger writes text on a terminal and JSON elsewhere, unless the configuration says which.
