@@ -65,8 +65,8 @@ func frozen(w *world) (*fault, error) {
 	}}, nil
 }
 
-// endsWithin is how long a voter may take to end once a call of its log has failed.
-const endsWithin = 3 * time.Second
+// endsWithin is how long a voter may take to end once a call of its log has failed: it has 10 s to stop in good order.
+const endsWithin = 15 * time.Second
 
 // inject makes system calls of a voter's log fail or wait. It is started again if it ends of that.
 func inject(call, expr string, ends bool) func(*world) (*fault, error) {
@@ -95,14 +95,18 @@ func inject(call, expr string, ends bool) func(*world) (*fault, error) {
 		}
 		return &fault{fmt.Sprintf("%s of%s: %s", call, name, expr), hit, func(ctx context.Context) error {
 			i.End()
+			failed := i.Hits() > 0
 			forget()
-			for end := time.Now().Add(endsWithin); ends && n.Alive() && time.Now().Before(end); {
+			for end := time.Now().Add(endsWithin); ends && failed && n.Alive() && time.Now().Before(end); {
 				sleep(ctx, 10*time.Millisecond) // the last call that failed may be on its way
 			}
-			if n.Alive() {
-				return nil
+			switch {
+			case !n.Alive():
+				return restart(ctx, n)
+			case ends && failed:
+				return fmt.Errorf("voter%s goes on though a call of its log has failed:\n%s", name, n.Tail())
 			}
-			return restart(ctx, n)
+			return nil
 		}}, nil
 	}
 }
