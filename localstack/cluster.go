@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 )
 
 // Cluster is voters that run as processes of this machine; all that they write is below one directory, the objects too. The processes end with this one (on Linux even if it is
@@ -149,6 +150,11 @@ func (c *Cluster) CutPower(nodes ...*Node) error {
 		if n.Disk == "" {
 			return fmt.Errorf("%w: this voter has none of its own", ErrNoDisk)
 		}
+		if n.Alive() { // nobody sees the power go: a process that went on would only meet a disk that fails
+			_ = syscall.Kill(n.PID, syscall.SIGSTOP) // one that ends just now meets nothing either
+		}
+	}
+	for _, n := range nodes {
 		errs = append(errs, shutDisk(n.Disk)) // all before any process ends: those that live on may not learn of it first
 	}
 	for _, n := range nodes {
@@ -187,6 +193,25 @@ func (c *Cluster) Said(text string) (n int) {
 		}
 	}
 	return n
+}
+
+// After returns up to n bytes that voters have written from each place of a text on.
+func (c *Cluster) After(text string, n int) (out []string) {
+	for _, f := range c.logs {
+		b, err := os.ReadFile(f.Name())
+		if err != nil {
+			continue
+		}
+		for s := string(b); ; {
+			at := strings.Index(s, text)
+			if at < 0 {
+				break
+			}
+			out = append(out, s[at:min(len(s), at+n)])
+			s = s[at+len(text):]
+		}
+	}
+	return out
 }
 
 // Close kills what runs and waits for it.

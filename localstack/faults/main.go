@@ -259,8 +259,8 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 		r.report(found, out)
 		failed = err
 	}
-	if n := cluster.Said("panic: "); n > 0 {
-		r.report([]check.Anomaly{{Rule: "panic", Text: fmt.Sprintf("%d voters have ended of one", n), Key: -1}}, out)
+	for _, text := range cluster.After("\npanic: ", 4<<10) {
+		r.report([]check.Anomaly{{Rule: "panic", Text: "a voter has ended of one:" + text, Key: -1}}, out)
 	}
 	r.report(load.bad, out)
 	failed = errors.Join(failed, r.judgeMetadata(c, load.asked))
