@@ -185,7 +185,6 @@ func voterFault(what string, err error) error {
 func (d *demo) client(opts ...kgo.Opt) (*kgo.Client, error) {
 	return kgo.NewClient(append([]kgo.Opt{kgo.WithContext(d.all), kgo.SeedBrokers(d.kafka...), kgo.MetadataMinAge(100 * time.Millisecond), kgo.DialTimeout(2 * time.Second),
 		kgo.AlwaysRetryEOF(), // a voter that is killed ends connections that have had no answer yet
-
 		kgo.RetryBackoffFn(func(int) time.Duration { return 50 * time.Millisecond }), kgo.UnknownTopicRetries(-1)}, opts...)...)
 }
 
