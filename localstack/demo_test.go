@@ -165,8 +165,9 @@ func TestDemoFindsFaults(t *testing.T) {
 	kafka := regexp.MustCompile(`voter 2 +kafka (\S+)`).FindStringSubmatch(d.text())[1]
 	cmd := exec.CommandContext(t.Context(), d.cmd.Path, "topic", "produce", "demo", "-b", kafka)
 	cmd.Stdin = strings.NewReader("of somebody else\n")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Errorf("%v: %s", err, out)
+	out, err := cmd.CombinedOutput()
+	if err != nil { // the demo may be gone before the record is acknowledged, but it has found it
+		t.Logf("%v: %s", err, out)
 	}
 	if code := d.end(t); code != 1 || !strings.Contains(d.text(), "code:     E_DEMO_ALTERED") || !strings.Contains(d.text(), `"of somebody else"`) || !strings.Contains(d.text(), "FAILED") {
 		t.Errorf("exit %d", code)

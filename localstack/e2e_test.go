@@ -10,10 +10,12 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -402,5 +404,36 @@ func TestGroupAcrossRestart(t *testing.T) {
 	}
 	if total := lag["g"].Lag.Total(); total != 0 {
 		t.Errorf("lag %d after everything was consumed", total)
+	}
+}
+
+// A record that was sent and is not answered may be stored, so the client never gives it up by itself: the command does, and says what that means.
+func TestProduceGivesUp(t *testing.T) {
+	n := startNode(t, t.TempDir(), nil)
+	createTopic(t, n, "silent", 1)
+	in, lines, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	defer lines.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, n.cmd.Path, "topic", "produce", "silent", "-b", n.Kafka, "--timeout", "1s")
+	var said strings.Builder
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = in, &said, &said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintln(lines, "one")
+	until(t, "the first record", func() bool { return ends(t, n, "silent") == 1 })
+	if err := n.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintln(lines, "two")
+	lines.Close()
+	_ = cmd.Wait()
+	if code := cmd.ProcessState.ExitCode(); code != 3 || !strings.Contains(said.String(), "E_TIMEOUT") || !strings.Contains(said.String(), "1 records were sent and not acknowledged") {
+		t.Errorf("exit %d: %s", code, &said)
 	}
 }

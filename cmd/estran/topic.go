@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"text/tabwriter"
 	"time"
 
@@ -270,7 +271,7 @@ func topicProduce(s streams, f *clientFlags) *cobra.Command {
 				return err
 			}
 			defer cl.Close()
-			n, err := produceLines(cmd.Context(), cl, s, func(line []byte) (*kgo.Record, error) {
+			n, err := produceLines(cmd.Context(), cl, s, 2*f.timeout, func(line []byte) (*kgo.Record, error) {
 				r := &kgo.Record{Partition: max(partition, 0), Value: line}
 				if key != "" {
 					r.Key = []byte(key)
@@ -311,10 +312,19 @@ func fromJSON(r *kgo.Record, line []byte) error {
 	return nil
 }
 
-// produceLines sends every line and returns how many records were acknowledged; the first failure stops it.
-func produceLines(ctx context.Context, cl *kgo.Client, s streams, parse func([]byte) (*kgo.Record, error)) (int, error) {
+// produceLines sends every line and returns how many records were acknowledged; the first failure stops it. So does patience without an answer
+// while records are on their way: the client never gives up one whose request was cut off, as it may have been stored.
+func produceLines(ctx context.Context, cl *kgo.Client, s streams, patience time.Duration, parse func([]byte) (*kgo.Record, error)) (int, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	var unanswered atomic.Int64
+	silence := time.AfterFunc(patience, func() {
+		if n := unanswered.Load(); n > 0 {
+			cancel(&fault{Code: "E_TIMEOUT", What: fmt.Sprintf("%d records were sent and not acknowledged, nothing was for %v: they may or may not be stored", n, patience),
+				Fix: "see whether the cluster is up: estran cluster health; then look for them before they are sent again", Exit: exitNotReady})
+		}
+	})
+	defer silence.Stop()
 	sc := bufio.NewScanner(s.in)
 	sc.Buffer(nil, lineMax)
 	n := 0
@@ -325,7 +335,12 @@ func produceLines(ctx context.Context, cl *kgo.Client, s streams, parse func([]b
 			break
 		}
 		n++
+		if unanswered.Add(1) == 1 {
+			silence.Reset(patience)
+		}
 		cl.Produce(ctx, r, func(_ *kgo.Record, err error) {
+			unanswered.Add(-1)
+			silence.Reset(patience)
 			if err != nil {
 				cancel(err)
 			}
