@@ -111,6 +111,25 @@ func (w *world) cutOff(all ...*member) {
 	w.net.set(cut)
 }
 
+// coordinator is the node that leads the group's shard: leadership may be on its way to another one.
+func (w *world) coordinator() *node {
+	w.t.Helper()
+	rng := w.rng("coordinators", uint64(time.Now().UnixNano()))
+	for range 60 {
+		for _, n := range w.nodes {
+			if l := n.live.Load(); l != nil {
+				if l = w.proven(l.GroupShard("members"), rng); l != nil {
+					return w.nodes[l.NodeID()-1]
+				}
+				break
+			}
+		}
+		time.Sleep(5 * time.Second)
+	}
+	w.t.Fatal("the group has no coordinator for five minutes")
+	return nil
+}
+
 // A member that is silent for less than its session keeps its partitions and the group its generation; one that is silent for longer loses them to the others, not before its session
 // ends and soon after; when it is back it takes part again. A new coordinator gives everybody a new session: nobody loses anything by it.
 func TestGroupSessions(t *testing.T) {
@@ -178,9 +197,7 @@ func TestGroupSessions(t *testing.T) {
 			w.net.set(nil)
 			own, generation = everybody("after a long silence")
 
-			shard := w.nodes[0].live.Load().GroupShard("members")
-			coordinator, _ := w.nodes[0].live.Load().Leader(shard)
-			n := w.nodes[coordinator-1]
+			n := w.coordinator()
 			n.stop()
 			time.Sleep(time.Duration(1+rng.IntN(40)) * time.Minute)
 			if now, g := everybody("with another coordinator"); g != generation || !maps.Equal(now, own) {
@@ -190,11 +207,9 @@ func TestGroupSessions(t *testing.T) {
 			<-n.opened
 		}
 		w.cutOff(all...) // the next coordinator hears of nobody: it goes by what is durable
-		coordinator := w.leader(w.nodes[0].live.Load().GroupShard("members"), rng).NodeID()
-		w.nodes[coordinator-1].stop()
+		w.coordinator().stop()
 		time.Sleep(session + rebalance)
-		l := w.leader(w.nodes[coordinator%3].live.Load().GroupShard("members"), rng)
-		if g := l.Group("members"); g == nil || g.EmptySince == 0 {
+		if g := w.coordinator().live.Load().Group("members"); g == nil || g.EmptySince == 0 {
 			t.Errorf("all members are silent, and the group is not empty: %+v", g)
 		}
 		t.Logf("%s of cluster time", time.Since(w.began))
