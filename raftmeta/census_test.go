@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"math"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -80,7 +81,7 @@ func TestMedianClock(t *testing.T) {
 		if c.ok {
 			want = record.Timestamp(at.Add(c.want).UnixMilli())
 		}
-		if got := k.stamp(); got != want {
+		if got := k.stamp(0); got != want {
 			t.Errorf("%s: %d, want %d", name, got, want)
 		}
 	}
@@ -93,15 +94,15 @@ func TestClocksThatJump(t *testing.T) {
 	shift := time.Duration(0)
 	k := newClock(func() time.Time { return mono.Add(time.Minute) }, func() (time.Time, bool) { return time.Time{}, false },
 		func() ([]time.Time, int) { return []time.Time{wall(shift + time.Minute), wall(shift + time.Minute)}, 3 }, slog.New(slog.DiscardHandler))
-	if k.stamp() == 0 || !k.trusted() {
+	if k.stamp(0) == 0 || !k.trusted() {
 		t.Fatal("not trusted at first")
 	}
 	shift = 30 * 24 * time.Hour
-	if got := k.stamp(); got != 0 || k.trusted() {
+	if got := k.stamp(0); got != 0 || k.trusted() {
 		t.Errorf("30 days in no time: %d", got)
 	}
 	shift = 0
-	if k.stamp() == 0 || !k.trusted() {
+	if k.stamp(0) == 0 || !k.trusted() {
 		t.Error("not trusted after it was put right")
 	}
 }
@@ -145,6 +146,44 @@ func TestOneWrongClock(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A time that was put back is no time: what it stamped would be as old as the moment in which it was, once it is put right.
+func TestClocksThatWerePutBack(t *testing.T) {
+	c := newTrio(t, 3)
+	var back atomic.Int64
+	c.change = func(_ int, cfg *Config) {
+		cfg.Now = func() time.Time { return time.Now().Add(-time.Duration(back.Load())) }
+	}
+	c.start(0, 1, 2)
+	topic := newTopic(t, c.hosts[0], "t", 1)
+	tp := record.TopicPartition{Topic: topic.ID}
+	c.append(tp, batchOf(t, -1, -1, "x"))
+	leader := func() *Host {
+		for _, h := range c.hosts {
+			if n, ok := h.Leader(topic.Partitions[0].Shard); ok && n == h.NodeID() {
+				return h
+			}
+		}
+		return nil
+	}
+	goes := func() bool {
+		h := leader()
+		if h == nil {
+			return false
+		}
+		_, ok := h.Clock(topic.Partitions[0].Shard)
+		return ok
+	}
+	until(t, "a time that things may expire by", goes)
+	back.Store(int64(time.Hour))
+	until(t, "the time to be refused", func() bool { return leader() != nil && !goes() })
+	c.append(tp, batchOf(t, -1, -1, "y")) // with the followers' answers come their clocks
+	if goes() {
+		t.Error("an hour back, and things may expire")
+	}
+	back.Store(int64(100 * time.Millisecond)) // as clocks differ
+	until(t, "the time to go on", goes)
 }
 
 // While no majority agrees on the time, entries carry none and nothing expires.

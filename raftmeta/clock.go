@@ -17,6 +17,8 @@ const (
 	clockSkew = 15 * time.Minute
 	// clockSpread: a majority of the voters' clocks must be this close to their median.
 	clockSpread = 5 * time.Minute
+	// clockBack: it may be behind the replicated clock as much as one leader's is behind another's. Further back it was put there, and may be put right at any moment.
+	clockBack = time.Second
 )
 
 // clock gives the time that goes into entries: the median of the voters' clocks, so that one that is wrong moves nothing. A wrong time must never be stored, since it would
@@ -38,8 +40,8 @@ func newClock(now func() time.Time, store func() (time.Time, bool), others func(
 	return &clock{now: now, store: store, others: others, log: log, ok: true, opened: now()}
 }
 
-// stamp returns the time in ms for the next entry, 0 if it is not known or not trusted.
-func (c *clock) stamp() record.Timestamp {
+// stamp returns the time in ms for the next entry of a group whose replicated clock is at seen; 0 if it is not known, not trusted, or has been put back: the replicated clock stands then.
+func (c *clock) stamp(seen record.Timestamp) record.Timestamp {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now()
@@ -72,6 +74,9 @@ func (c *clock) stamp() record.Timestamp {
 	}
 	if !trusted {
 		return 0
+	}
+	if seen-record.Timestamp(t.UnixMilli()) > record.Timestamp(clockBack.Milliseconds()) {
+		return 0 // and last stays: the time that it is put right to is not one that runs ahead
 	}
 	c.last, c.mark = t, now
 	return record.Timestamp(t.UnixMilli())

@@ -344,13 +344,13 @@ func (g *group) close() error {
 	return errors.Join(err, g.closeStores())
 }
 
-// stamp is the time for the next entry, never behind what the state has seen; 0 if there is none that is trusted.
+// stamp is the time for the next entry, never behind what the state has seen; 0 if there is none that is trusted, or it has been put back.
 func (g *group) stamp() record.Timestamp {
-	t := g.clock.stamp()
-	if t == 0 {
-		return 0
+	seen := record.Timestamp(g.seen.Load())
+	if t := g.clock.stamp(seen); t != 0 {
+		return max(t, seen)
 	}
-	return max(t, record.Timestamp(g.seen.Load()))
+	return 0
 }
 
 func isTermMismatch(err error) bool { return errors.Is(err, raftlog.ErrTermMismatch) }

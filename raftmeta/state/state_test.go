@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"reflect"
 	"testing"
@@ -265,6 +266,12 @@ func TestTheClockStood(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// The leader's time is right again, the replicated clock has not gone on: nobody may go by the time at which it stopped, and somebody must make it go on.
+	for name, s := range map[string]*Shard{"lived through": m.s, "restored": back} {
+		if d := s.Doomed(); len(d) != 0 || !s.SweepDue(stopped, math.MaxInt64, 0) {
+			t.Errorf("%s: while the clock stands %+v may be deleted, and a sweep is due: %v", name, d, s.SweepDue(stopped, math.MaxInt64, 0))
+		}
+	}
 	m.clock = stopped + 1_000_000
 	m.do(Sweep{ProducerMs: 1000, OffsetsMs: 1000})
 	back.Apply(m.index, m.term, m.log[len(m.log)-1])
@@ -284,6 +291,9 @@ func TestTheClockStood(t *testing.T) {
 	}
 	if !bytes.Equal(snapshotOf(t, before), taken) {
 		t.Error("a snapshot changed after it was taken")
+	}
+	if m.s.SweepDue(m.clock, math.MaxInt64, 0) {
+		t.Error("a sweep is due after the clock went on")
 	}
 	m.clock += 1001 // and now it does
 	m.do(Sweep{ProducerMs: 1000, OffsetsMs: 1000})

@@ -168,11 +168,11 @@ func (s *Shard) Object(n segment.Number) (segment.Object, bool) {
 	return segment.Object{}, false
 }
 
-// Doomed returns the tombstoned objects, by number.
+// Doomed returns the tombstoned objects, by number; without those of which it is not known yet since when, because the clock has stood and has not gone on.
 func (s *Shard) Doomed() []segment.Object {
 	var out []segment.Object
 	for _, o := range s.sortedObjects() {
-		if o.State == segment.Tombstoned {
+		if o.State == segment.Tombstoned && !(s.stood && o.Since == s.clock) {
 			out = append(out, *o)
 		}
 	}
