@@ -20,7 +20,8 @@ const (
 	askEvery = 10 * time.Millisecond
 	askOpen  = 200 // questions to one voter without an answer
 	prompt   = 200 * time.Millisecond
-	late     = 3 * time.Second // behind which such a client's metadata may be
+	late     = 3 * time.Second  // behind which such a client's metadata may be
+	stale    = 12 * time.Second // the same: longer than a client takes to find a new leader and have a record acknowledged by it
 )
 
 // ask asks one voter, numbered from 1, until ctx ends; the leader epochs are learned anew every so often.

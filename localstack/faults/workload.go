@@ -29,7 +29,7 @@ const (
 )
 
 const (
-	producers = 2
+	producers = 3 // the last gives an answer half a second, and so finds a new leader while the old one still believes
 	readers   = 2
 	consumers = 2
 	inFlight  = 500 // records of one producer
@@ -93,8 +93,12 @@ func start(ctx context.Context, brokers []string, seed uint64) (*workload, error
 	ctx, w.end = context.WithCancel(ctx)
 	w.ctx = ctx
 	for i := range producers {
-		codec := []kgo.CompressionCodec{kgo.NoCompression(), kgo.SnappyCompression()}[i%2]
-		w.run(func(cl *kgo.Client) { w.produce(ctx, cl, int32(i)) }, kgo.ProducerBatchCompression(codec), kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.RecordRetries(1<<30), kgo.MaxBufferedRecords(inFlight), kgo.ProducerLinger(5*time.Millisecond))
+		opts := []kgo.Opt{kgo.ProducerBatchCompression([]kgo.CompressionCodec{kgo.NoCompression(), kgo.SnappyCompression()}[i%2]), kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.RecordRetries(1 << 30),
+			kgo.MaxBufferedRecords(inFlight), kgo.ProducerLinger(5 * time.Millisecond)}
+		if i == producers-1 {
+			opts = append(opts, kgo.ProduceRequestTimeout(500*time.Millisecond), kgo.RequestTimeoutOverhead(500*time.Millisecond))
+		}
+		w.run(func(cl *kgo.Client) { w.produce(ctx, cl, int32(i)) }, opts...)
 	}
 	for i := range readers {
 		w.run(func(cl *kgo.Client) { w.read(ctx, cl, int32(100+i)) }, kgo.ConsumePartitions(fromStart()), kgo.FetchMaxWait(200*time.Millisecond))
@@ -110,8 +114,11 @@ func start(ctx context.Context, brokers []string, seed uint64) (*workload, error
 	}
 	w.wg.Go(func() { w.lookUp(ctx, 400) })
 	for i := range int32(len(brokers)) {
-		w.wg.Go(func() { w.ask(ctx, 600+i, i+1, prompt, rand.New(rand.NewPCG(seed, 400+uint64(i)))) })
-		w.wg.Go(func() { w.ask(ctx, 650+i, i+1, late, rand.New(rand.NewPCG(seed, 450+uint64(i)))) })
+		for j, learn := range []time.Duration{prompt, late, stale} {
+			w.wg.Go(func() {
+				w.ask(ctx, 600+20*int32(j)+i, i+1, learn, rand.New(rand.NewPCG(seed, 400+20*uint64(j)+uint64(i))))
+			})
+		}
 	}
 	return w, nil
 }
