@@ -60,15 +60,15 @@ func (h *Host) propose(ctx context.Context, g *group, c state.Command) (state.Re
 	return d.r, d.err
 }
 
-// insist is propose for a command that may be applied twice: it is proposed again as long as nobody knows whether it was. A leader that goes while it is asked ends no start.
-func (h *Host) insist(ctx context.Context, c state.Command) error {
+// insist is propose for a command that may be applied twice: it is proposed again as long as nobody knows whether it was. A leader that goes while it is asked ends no start, and no command of an operator.
+func (h *Host) insist(ctx context.Context, c state.Command) (state.Result, error) {
 	for {
 		r, err := h.propose(ctx, h.meta, c)
 		if !errors.Is(err, ErrUnknownOutcome) {
-			return errors.Join(err, code(r.Code))
+			return r, err
 		}
 		if why := h.pause(ctx); why != nil {
-			return fmt.Errorf("%w: %w", why, err)
+			return state.Result{}, fmt.Errorf("%w: %w", why, err)
 		}
 	}
 }

@@ -139,12 +139,12 @@ func (h *Host) open(ctx context.Context) error {
 		return fmt.Errorf("%w: its meta log belongs to cluster %s, %s says %s", ErrForeign, c.ID, identityFile, h.identity.ClusterID)
 	}
 	if old, ok := c.Node(self.ID); !ok || old != self || c.Draining(self.ID) { // who starts no longer drains
-		if err := h.insist(ctx, state.RegisterNode{Node: self}); err != nil {
+		if err := h.decideMeta(ctx, state.RegisterNode{Node: self}); err != nil {
 			return fmt.Errorf("registering the node: %w", err)
 		}
 	}
 	if c.RecoveryEpoch() < h.identity.Recovered { // nobody else can lead before this is done
-		if err := h.insist(ctx, state.Recover{Epoch: h.identity.Epoch, Node: self.ID}); err != nil {
+		if err := h.decideMeta(ctx, state.Recover{Epoch: h.identity.Epoch, Node: self.ID}); err != nil {
 			return fmt.Errorf("ending the recovery: %w", err)
 		}
 	}

@@ -386,15 +386,25 @@ func TestWipedVoterIsReplaced(t *testing.T) {
 	c.agree(tp, want)
 }
 
-// mute is a connection that breaks behind the first registration of a node that goes over it: nobody hears what came of that.
+// mute is a connection that breaks behind the first message with these words that goes over it: nobody hears what came of that.
 type mute struct {
 	net.Conn
-	broke *atomic.Bool
+	words *atomic.Pointer[string] // nil when one has
+}
+
+// muted makes the connections of nodes that are opened from now on break so.
+func muted(words *atomic.Pointer[string]) func(cfg *Config) {
+	return func(cfg *Config) {
+		cfg.Dial = func(ctx context.Context, addr string) (net.Conn, error) {
+			conn, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
+			return mute{conn, words}, err
+		}
+	}
 }
 
 func (m mute) Write(b []byte) (int, error) {
 	n, err := m.Conn.Write(b)
-	if bytes.Contains(b, []byte(`"Incarnation":`)) && m.broke.CompareAndSwap(false, true) {
+	if w := m.words.Load(); w != nil && bytes.Contains(b, []byte(*w)) && m.words.CompareAndSwap(w, nil) {
 		err = errors.Join(err, m.Conn.Close())
 	}
 	return n, err
@@ -405,20 +415,52 @@ func TestRegistrationIsRepeated(t *testing.T) {
 	c := newTrio(t, 3)
 	c.start(0, 1, 2)
 	c.stop(2)
-	var broke atomic.Bool
+	var words atomic.Pointer[string]
+	words.Store(new(`"Incarnation":`))
 	c.change = func(_ int, cfg *Config) {
 		cfg.Port = 9999
-		cfg.Dial = func(ctx context.Context, addr string) (net.Conn, error) {
-			conn, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
-			return mute{conn, &broke}, err
-		}
+		muted(&words)(cfg)
 	}
 	c.start(2)
-	if !broke.Load() {
+	if words.Load() != nil {
 		t.Fatal("no registration went over the network")
 	}
 	if n, _ := c.hosts[2].Cluster().Node(3); n.Port != 9999 {
 		t.Errorf("node 3 is registered as %+v", n)
+	}
+}
+
+// A command that says how the members should be is given to the leader of meta again if its answer does not come, and a removal that had been done is done.
+func TestMemberCommandsAreRepeated(t *testing.T) {
+	c := newTrio(t, 3)
+	var words atomic.Pointer[string]
+	c.change = func(_ int, cfg *Config) { muted(&words)(cfg) }
+	c.start(0, 1, 2)
+	lead := -1
+	until(t, "a leader of meta", func() bool {
+		lead = slices.IndexFunc(c.hosts, func(h *Host) bool { return h.meta.leads.Load() > 0 })
+		return lead >= 0
+	})
+	asked, victim := c.hosts[(lead+1)%3], int32((lead+2)%3+1)
+	ctx, cancel := context.WithTimeout(t.Context(), waitMost)
+	defer cancel()
+	for _, x := range []struct {
+		words string
+		do    func() error
+		done  func() bool
+	}{
+		{`"On":true`, func() error { return asked.DrainNode(ctx, victim, true) }, func() bool { return asked.Cluster().Draining(victim) }},
+		{`"On":false`, func() error { return asked.DrainNode(ctx, victim, false) }, func() bool { return !asked.Cluster().Draining(victim) }},
+		{`"Remove":[`, func() error { return asked.RemoveMember(ctx, victim) }, func() bool { return !asked.Cluster().Member(victim) }},
+	} {
+		words.Store(&x.words)
+		err := x.do()
+		if words.Load() != nil {
+			t.Fatalf("%s: nothing of it went over the network", x.words)
+		}
+		if err != nil || !x.done() {
+			t.Errorf("%s: %v", x.words, err)
+		}
 	}
 }
 

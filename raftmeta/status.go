@@ -2,6 +2,7 @@ package raftmeta
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -200,7 +201,10 @@ func (h *Host) RemoveMember(ctx context.Context, id int32) error {
 		}
 		return fmt.Errorf("%w: of the members %v that would be left, %s does not answer", ErrMajority, left, strings.Join(gone, ", "))
 	}
-	return h.decideMeta(ctx, state.AlterMembers{Remove: []int32{id}})
+	if err := h.decideMeta(ctx, state.AlterMembers{Remove: []int32{id}}); !errors.Is(err, ErrNotFound) {
+		return err
+	}
+	return nil // it was a member: the command has been given twice, or somebody else's came first
 }
 
 // DrainNode makes a member give up leading, or lead again. A restart of the node ends it too.
@@ -213,8 +217,9 @@ func (h *Host) PreferLeader(ctx context.Context, group record.ShardID, node int3
 	return h.decideMeta(ctx, state.PreferLeader{Group: group, Node: node})
 }
 
+// decideMeta commits what says how the cluster should be: twice is the same as once.
 func (h *Host) decideMeta(ctx context.Context, c state.Command) error {
-	r, err := h.propose(ctx, h.meta, c)
+	r, err := h.insist(ctx, c)
 	if err != nil {
 		return err
 	}
