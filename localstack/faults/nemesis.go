@@ -246,12 +246,8 @@ func drain(w *world) (*fault, error) {
 	if out, err := w.cluster.Nodes[i].Command(ctx, "drain", "--self"); err != nil {
 		return nil, fmt.Errorf("%w: draining voter %d: %w\n%s", errStuck, i+1, err, out)
 	}
-	return &fault{fmt.Sprintf("drain %d", i+1), yes, func(ctx context.Context) (err error) {
-		var out string
-		if !until(func() bool { // its outcome is not known if leadership moves just then
-			out, err = w.cluster.Nodes[i].Command(ctx, "undrain", fmt.Sprint(i+1))
-			return err == nil
-		}) {
+	return &fault{fmt.Sprintf("drain %d", i+1), yes, func(ctx context.Context) error {
+		if out, err := w.cluster.Nodes[i].Command(ctx, "undrain", fmt.Sprint(i+1)); err != nil {
 			return fmt.Errorf("undraining voter %d: %w\n%s", i+1, err, out)
 		}
 		return nil
