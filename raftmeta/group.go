@@ -192,10 +192,12 @@ func (g *group) openRaft() error {
 	if err != nil {
 		return errors.Join(err, g.trans.Close())
 	}
-	g.raft, err = newRaft(cfg, &fsm{g}, g.log, g.stable.ForRaft(), g.snaps.Store(), g.trans)
+	log := g.log.ForRaft()
+	g.raft, err = newRaft(cfg, &fsm{g}, log, g.stable.ForRaft(), g.snaps.Store(), g.trans)
 	if err != nil {
 		return errors.Join(g.refused, fmt.Errorf("raftmeta: opening group %d: %w", g.id, err), g.trans.Close())
 	}
+	log.Runs()
 	if g.refused != nil { // by a snapshot; raft may have found an older one
 		return errors.Join(g.refused, g.trans.Close(), g.raft.Shutdown().Error())
 	}
@@ -208,7 +210,7 @@ func newRaft(cfg *raft.Config, f raft.FSM, log raft.LogStore, stable raft.Stable
 	defer func() {
 		if p := recover(); p != nil {
 			var ok bool
-			if err, ok = p.(error); !ok || !errors.Is(err, raftlog.ErrCorrupt) {
+			if err, ok = p.(error); !ok || !errors.Is(err, raftlog.ErrRead) {
 				panic(p)
 			}
 		}

@@ -8,10 +8,12 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 
 	"github.com/estran/estran/raftmeta/raftlog"
@@ -546,5 +548,62 @@ func TestDamagedEntryIsRefused(t *testing.T) {
 	_, err = Open(t.Context(), Config{NodeID: 1, DataDir: dir, Host: "127.0.0.1", Port: 9092, Shards: 2, HotMaxBytes: 1 << 30, FileBytes: 4 << 20})
 	if !errors.Is(err, raftlog.ErrCorrupt) {
 		t.Errorf("it opens, or says: %v", err)
+	}
+}
+
+// unreadable is a disk from which meta's log cannot be read any more once raft has been opened, which saves its term again, and saves the next one to elect itself.
+type unreadable struct {
+	raftlog.FS
+	terms atomic.Int32
+}
+
+type unreadableFile struct {
+	raftlog.File
+	fs   *unreadable
+	name string
+}
+
+func (u *unreadable) Open(name string) (raftlog.File, error) {
+	f, err := u.FS.Open(name)
+	return &unreadableFile{f, u, name}, err
+}
+
+func (f *unreadableFile) WriteAt(p []byte, at int64) (int, error) {
+	if strings.HasSuffix(f.name, "/meta/stable") {
+		f.fs.terms.Add(1)
+	}
+	return f.File.WriteAt(p, at)
+}
+
+func (f *unreadableFile) ReadAt(p []byte, at int64) (int, error) {
+	if filepath.Ext(f.name) == ".log" && strings.Contains(f.name, "/meta/") && f.fs.terms.Load() > 1 {
+		return 0, fmt.Errorf("pread %s: %w", f.name, syscall.EIO)
+	}
+	return f.File.ReadAt(p, at)
+}
+
+// A node whose disk cannot be read ends by a fault, not by raft's panic. It ends in a process of its own: what is left of a raft that waits is only gone with that.
+func TestUnreadableLogEndsTheNode(t *testing.T) {
+	const at = "ESTRAN_TEST_UNREADABLE"
+	if dir := os.Getenv(at); dir != "" {
+		_, err := Open(t.Context(), Config{NodeID: 1, DataDir: dir, Host: "127.0.0.1", Port: 9092, Shards: 2, HotMaxBytes: 1 << 30, FileBytes: 4 << 20, FS: &unreadable{FS: raftlog.OS{}},
+			OnFatal: func(err error) {
+				fmt.Println("fatal:", errors.Is(err, raftlog.ErrRead), errors.Is(err, syscall.EIO), err)
+				os.Exit(1)
+			}})
+		t.Fatal("opened", err)
+	}
+	dir := t.TempDir()
+	h := openHost(t, dir, nil)
+	newTopic(t, h, "t", 2)
+	if err := h.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), waitMost)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, os.Args[0], "-test.run=^"+t.Name()+"$")
+	cmd.Env = append(os.Environ(), at+"="+dir)
+	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "fatal: true true") {
+		t.Errorf("it ends by %v:\n%s", err, out)
 	}
 }

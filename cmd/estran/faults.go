@@ -101,6 +101,8 @@ func dataDirFault(cfg *config, err error) error {
 		f.Code, f.Fix = "E_DATA_DIR_PERMISSION", "make it writable for this user, or give another with --data-dir"
 	case errors.Is(err, raftlog.ErrVersion):
 		f.Code, f.Fix = "E_DATA_DIR_VERSION", "start the newer version that wrote it"
+	case errors.Is(err, raftlog.ErrRead) && !errors.Is(err, raftlog.ErrCorrupt):
+		f.Code, f.Fix = diskRead(cfg)
 	case errors.Is(err, raftlog.ErrCorrupt):
 		f.Code, f.Fix = "E_DATA_DIR_CORRUPT", fmt.Sprintf("with other voters: empty %s and start the node again, it comes as a new voter and gets all from them. A node that is alone needs its disk restored: a damaged log is never cut by itself", cfg.Node.DataDir)
 	}
@@ -117,6 +119,10 @@ func diskFault(cfg *config, err error) error {
 		return dataDirFault(cfg, err)
 	case errors.Is(err, errFenced):
 		return fencedFault(cfg, err)
+	case errors.Is(err, raftlog.ErrCorrupt):
+		return dataDirFault(cfg, err)
+	case errors.Is(err, raftlog.ErrRead):
+		f.Code, f.Fix = diskRead(cfg)
 	case errors.Is(err, raftlog.ErrHung):
 		f.Code, f.Fix = "E_DISK_HUNG", "see what holds the disk up; start the node again when it answers: what was acknowledged is there"
 	case errors.Is(err, raftlog.ErrPoisoned), errors.Is(err, syscall.EIO), errors.Is(err, syscall.EROFS), errors.Is(err, syscall.ENOSPC): // the log, or a snapshot
@@ -125,6 +131,10 @@ func diskFault(cfg *config, err error) error {
 		return err
 	}
 	return f
+}
+
+func diskRead(cfg *config) (code, fix string) {
+	return "E_DISK_READ", fmt.Sprintf("see the kernel's log about the disk and start the node again when it can be read. If it stays unreadable and there are other voters: replace the disk, %s empty, and start the node: it comes as a new voter and gets all from them", cfg.Node.DataDir)
 }
 
 func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }

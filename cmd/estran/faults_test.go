@@ -20,7 +20,8 @@ func TestDiskFault(t *testing.T) {
 	for _, c := range []struct {
 		code string
 		err  error
-	}{{"E_DISK_WRITE", write}, {"E_DISK_WRITE", fmt.Errorf("raftlog: marking snapshot x: fdatasync x: %w", syscall.EIO)}, {"E_DISK_HUNG", fmt.Errorf("%w: for 31s", raftlog.ErrHung)}} {
+	}{{"E_DISK_WRITE", write}, {"E_DISK_WRITE", fmt.Errorf("raftlog: marking snapshot x: fdatasync x: %w", syscall.EIO)}, {"E_DISK_HUNG", fmt.Errorf("%w: for 31s", raftlog.ErrHung)},
+		{"E_DISK_READ", fmt.Errorf("%w: reading entry 7 from f at 4096: %w", raftlog.ErrRead, syscall.EIO)}, {"E_DATA_DIR_CORRUPT", fmt.Errorf("%w: %w: data of entry 7 in f", raftlog.ErrRead, raftlog.ErrCorrupt)}} {
 		code, err := c.code, c.err
 		var b bytes.Buffer
 		if got := printError(&b, diskFault(cfg, err)); got != exitError {

@@ -403,9 +403,9 @@ func (n *node) run(ctx context.Context, s streams) error {
 	}
 }
 
-// cannotStop: a thread in the disk cannot be waited for, and until it comes back the kernel keeps what the process has open; nor can raft be, when it could not save a vote.
+// cannotStop: a thread in the disk cannot be waited for, and until it comes back the kernel keeps what the process has open; nor can raft be, when it could not save a vote or read its log.
 func cannotStop(err error) bool {
-	return errors.Is(err, raftlog.ErrHung) || errors.Is(err, raftlog.ErrStable)
+	return errors.Is(err, raftlog.ErrHung) || errors.Is(err, raftlog.ErrStable) || errors.Is(err, raftlog.ErrRead)
 }
 
 // exit ends the process without waiting for what cannot be stopped.

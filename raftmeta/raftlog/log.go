@@ -27,6 +27,8 @@ var (
 	ErrTermMismatch = errors.New("raftlog: proposing term differs from the log's term")
 	// ErrGone: the entry is not in this log: freed, or of another term.
 	ErrGone = errors.New("raftlog: entry is not here any more")
+	// ErrRead: an entry that the log has could not be read, or is damaged; raft cannot go on without it.
+	ErrRead = errors.New("raftlog: entry cannot be read")
 	// ErrPoisoned: an earlier write failed; nothing is written any more.
 	ErrPoisoned = errors.New("raftlog: poisoned by a failed write")
 	// ErrHung: a write has been in the disk for longer than Config.HangTimeout.
@@ -51,7 +53,7 @@ type Config struct {
 	LocalRetention int64
 	// HangTimeout: a write that takes longer stops the node (30 s).
 	HangTimeout time.Duration
-	// OnFatal is called at most once, on its own goroutine, when the store is poisoned or the disk hangs.
+	// OnFatal is called at most once, on its own goroutine, when the store is poisoned, cannot be read by raft, or the disk hangs.
 	OnFatal func(error)
 	Logger  *slog.Logger
 	Metrics Metrics
@@ -349,9 +351,11 @@ func (l *Log) room(size int64, records int) (ready bool, err error) {
 }
 
 // fail poisons the store: the first failed write is the last.
-func (l *Log) fail(err error) error {
+func (l *Log) fail(err error) error { return l.end(fmt.Errorf("%w: %w", ErrPoisoned, err)) }
+
+// end tells the owner why nothing is written any more.
+func (l *Log) end(err error) error {
 	l.once.Do(func() {
-		err := fmt.Errorf("%w: %w", ErrPoisoned, err)
 		l.poison.Store(&err)
 		l.log.Error("log store poisoned", "group", l.cfg.Group, "dir", l.cfg.Dir, "err", err)
 		if l.cfg.OnFatal != nil {
@@ -426,6 +430,32 @@ func (l *Log) GetLog(index uint64, out *raft.Log) error {
 		return e.ReadPayload(out.Extensions, 0)
 	}
 	return nil
+}
+
+// RaftLog is the log as raft should use it: raft panics when it cannot read an entry that is to be applied.
+type RaftLog struct {
+	*Log
+	runs atomic.Bool
+}
+
+// ForRaft is for one raft. Until Runs is called it is being opened, and gets an ErrRead for an entry that cannot be read.
+func (l *Log) ForRaft() *RaftLog { return &RaftLog{Log: l} }
+
+// Runs says that raft has been opened: from now on GetLog never returns from a read that fails. The owner has been told by Config.OnFatal and ends the process.
+func (r *RaftLog) Runs() { r.runs.Store(true) }
+
+// GetLog implements raft.LogStore.
+func (r *RaftLog) GetLog(index uint64, out *raft.Log) error {
+	err := r.Log.GetLog(index, out)
+	if err == nil || errors.Is(err, raft.ErrLogNotFound) {
+		return err
+	}
+	err = fmt.Errorf("%w: %w", ErrRead, err)
+	if r.runs.Load() {
+		_ = r.end(err) // the owner is told
+		select {}
+	}
+	return err
 }
 
 // DeleteRange implements raft.LogStore. raft calls it both to truncate a conflicting suffix and to compact; only a range above every
