@@ -14,14 +14,15 @@ import (
 	"github.com/twmb/franz-go/pkg/kversion"
 )
 
-// Each voter is asked for what comes next where records were just acknowledged, by clients that know the leader epochs of some time ago. They do not wait for one answer before they ask again: a voter that was
+// Each voter is asked for what comes next where records were just acknowledged, by clients that know the leader epochs of some time ago; some questions are of clients that know none, as old ones do, whom
+// nothing fences. They do not wait for one answer before they ask again: a voter that was
 // stopped finds their questions when it goes on, and may believe that it leads.
 const (
-	askEvery = 10 * time.Millisecond
-	askOpen  = 200 // questions to one voter without an answer
-	prompt   = 200 * time.Millisecond
-	late     = 3 * time.Second  // behind which such a client's metadata may be
-	stale    = 12 * time.Second // the same: longer than a client takes to find a new leader and have a record acknowledged by it
+	askEvery  = 10 * time.Millisecond
+	unknowing = 4   // one of so many
+	askOpen   = 200 // questions to one voter without an answer
+	prompt    = 200 * time.Millisecond
+	late      = 3 * time.Second // behind which such a client's metadata may be
 )
 
 // ask asks one voter, numbered from 1, until ctx ends; the leader epochs are learned anew every so often.
@@ -55,6 +56,9 @@ func (w *workload) ask(ctx context.Context, process, voter int32, learn time.Dur
 		}
 		key := rng.Int32N(keptPartitions)
 		epoch := epochs[key]
+		if rng.IntN(unknowing) == 0 {
+			epoch = -1
+		}
 		wg.Go(func() {
 			w.askOne(ctx, b, process, voter, key, epoch)
 			<-room

@@ -58,7 +58,7 @@ var nemeses = []nemesis{
 
 	{name: "clock", begin: clockJump(one), clock: true}, {name: "clock-two", begin: clockJump(majority), clock: true}, {name: "clock-all", begin: clockJump(all), clock: true},
 
-	{name: "partition", begin: cut(localstack.Swallowed, apart), proxies: true}, {name: "partition-held", begin: cut(localstack.Held, apart), proxies: true},
+	{name: "partition", begin: cut(localstack.Swallowed, apart), proxies: true}, {name: "partition-leader", begin: leaderApart, proxies: true}, {name: "partition-held", begin: cut(localstack.Held, apart), proxies: true},
 	{name: "one-way", begin: cut(localstack.Swallowed, mute), proxies: true}, {name: "bridge", begin: cut(localstack.Swallowed, bridge), proxies: true}, {name: "ring", begin: cut(localstack.Swallowed, ring), voters: 5, proxies: true},
 	{name: "netns-partition", begin: lose(apart), netns: true}, {name: "netns-one-way", begin: lose(mute), netns: true}, {name: "netns-bridge", begin: lose(bridge), netns: true},
 	{name: "netns-cut", begin: unplug, netns: true},

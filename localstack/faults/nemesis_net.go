@@ -62,6 +62,27 @@ func cut(f localstack.Fault, ways func(n int) [][2]int) func(*world) (*fault, er
 	}
 }
 
+// leaderApart cuts the voter off that leads partition 0, for longer than a client waits for an answer: others lead by then and acknowledge what clients send again, while all clients can still reach the one that led.
+func leaderApart(w *world) (*fault, error) {
+	leader, err := w.leader()
+	if err != nil {
+		return nil, err
+	}
+	before := w.network.Hits()
+	for i := range w.cluster.Nodes {
+		if other := i + 1; other != int(leader) {
+			w.network.Set(int(leader), other, localstack.Swallowed)
+			w.network.Set(other, int(leader), localstack.Swallowed)
+		}
+	}
+	hold := time.Duration(4000+w.rng.IntN(4000)) * time.Millisecond // beside the usual one
+	return &fault{fmt.Sprintf("%d, which leads, apart", leader), func() bool { return w.network.Hits() > before }, func(ctx context.Context) error {
+		sleep(ctx, hold)
+		w.network.Heal()
+		return nil
+	}}, nil
+}
+
 // script makes the object store misbehave.
 func script(s localstack.Step) func(*world) (*fault, error) {
 	return func(w *world) (*fault, error) {

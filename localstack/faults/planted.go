@@ -27,12 +27,12 @@ var tempters = map[string]string{
 	planted.LocalClock: "clock,clock-two,clock-all,kill-leader,none", planted.NoFsync: "power-cut,power-cut-all,power-cut-twice,kill,none",
 	planted.GuessedOutOfRange: leaderFaults, planted.EpochUnchecked: leaderFaults, planted.LeaderStartSkipped: leaderFaults,
 	planted.LentPayloadKept: leaderFaults, planted.CommitIndexUnclamped: "pause,partition,partition-held,flap,kill-leader",
-	planted.StockHeartbeat: "pause,flap,kill-leader", planted.VerifyLeaderAsProof: "partition,one-way,bridge",
+	planted.StockHeartbeat: "pause,flap,kill-leader", planted.VerifyLeaderAsProof: "partition-leader",
 	planted.SnapshotShownEarly: rejoinFaults, planted.FreeOnHint: rejoinFaults, planted.DeleteRangeByMax: rejoinFaults,
 }
 
 const (
-	leaderFaults = "kill-leader,pause,flap,frozen-disk,partition,partition-held,one-way,bridge,drain"
+	leaderFaults = "kill-leader,pause,flap,frozen-disk,partition,partition-held,partition-leader,one-way,bridge,drain"
 	rejoinFaults = "wipe,members,kill,kill-leader,pause,partition,flap,store-down,store-503,store-silent"
 )
 

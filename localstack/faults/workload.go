@@ -114,11 +114,8 @@ func start(ctx context.Context, brokers []string, seed uint64) (*workload, error
 	}
 	w.wg.Go(func() { w.lookUp(ctx, 400) })
 	for i := range int32(len(brokers)) {
-		for j, learn := range []time.Duration{prompt, late, stale} {
-			w.wg.Go(func() {
-				w.ask(ctx, 600+20*int32(j)+i, i+1, learn, rand.New(rand.NewPCG(seed, 400+20*uint64(j)+uint64(i))))
-			})
-		}
+		w.wg.Go(func() { w.ask(ctx, 600+i, i+1, prompt, rand.New(rand.NewPCG(seed, 400+uint64(i)))) })
+		w.wg.Go(func() { w.ask(ctx, 650+i, i+1, late, rand.New(rand.NewPCG(seed, 450+uint64(i)))) })
 	}
 	return w, nil
 }
