@@ -131,6 +131,24 @@ func TestRoundOutcomes(t *testing.T) {
 	}
 }
 
+// A run that is interrupted waits for nothing more, and that is no finding.
+func TestInterruptedWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, stop := context.WithCancel(t.Context())
+		defer time.AfterFunc(time.Second, stop).Stop()
+		load := &workload{}
+		load.unacked.Store(1)
+		began, r := time.Now(), &result{Found: map[string]int{}}
+		err := round(ctx, r, &world{}, load, nemesis{name: "n"}, io.Discard)
+		if time.Since(began) > time.Second || err == nil {
+			t.Errorf("%v, after %v", err, time.Since(began))
+		}
+		if _ = r.stuck(ctx, err); r.Anomalies != 0 {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
 // The records of a round are those that were acknowledged once its fault had begun, and some must be outstanding when it takes effect.
 func TestWhatARoundCounts(t *testing.T) {
 	var load atomic.Int64

@@ -59,7 +59,7 @@ func committedEverywhere(ctx context.Context, nodes []*localstack.Node, group st
 	}
 	for i, n := range nodes {
 		at := 0.0
-		if !until(func() bool { at = ask(n); return err == nil && at >= commit }) {
+		if !until(ctx, func() bool { at = ask(n); return err == nil && at >= commit }) {
 			return 0, fmt.Errorf("%w: voter %d knows of %.0f entries of group %s, %.0f are committed (%w)", errStuck, i+1, at, group, commit, err)
 		}
 	}

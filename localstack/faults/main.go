@@ -324,10 +324,8 @@ func (r *result) judge(c config, ops []check.Op, final bool, out io.Writer) erro
 
 // round brings one fault about under load, undoes it, and waits until every partition takes records again.
 func round(ctx context.Context, r *result, w *world, load *workload, n nemesis, out io.Writer) error {
-	ctx, cancel := context.WithTimeout(ctx, 2*patience)
-	defer cancel()
 	before := load.count()
-	if !until(func() bool { return load.count() > before+ackedPerRound/2 && load.unacked.Load() > 0 }) {
+	if !until(ctx, func() bool { return load.count() > before+ackedPerRound/2 && load.unacked.Load() > 0 }) {
 		return fmt.Errorf("%w: %s: no acknowledgements before it", errStuck, n.name)
 	}
 	f, err := n.begin(w)
@@ -340,18 +338,20 @@ func round(ctx context.Context, r *result, w *world, load *workload, n nemesis, 
 		return fmt.Errorf("%s cannot be brought about: %w", n.name, err)
 	}
 	begun := load.count()
-	took := until(f.hit)
-	outstanding := within(lullEvery, func() bool { return load.unacked.Load() > 0 }) // nobody writes now and then
+	took := until(ctx, f.hit)
+	outstanding := within(ctx, lullEvery, func() bool { return load.unacked.Load() > 0 }) // nobody writes now and then
 	hold := w.hold()
-	time.Sleep(hold) // how long the fault lasts
-	if err := f.heal(ctx); err != nil {
+	sleep(ctx, hold) // how long the fault lasts
+	healing, cancel := context.WithTimeout(ctx, 2*patience)
+	defer cancel()
+	if err := f.heal(healing); err != nil {
 		return fmt.Errorf("%w: after %s: %w", errStuck, n.name, err)
 	}
 	var healed [partitions]int64
 	for p := range healed {
 		healed[p] = load.acked[p].Load()
 	}
-	again := until(func() bool {
+	again := until(ctx, func() bool {
 		for p := range healed {
 			if load.acked[p].Load() <= healed[p]+10 {
 				return false
@@ -372,12 +372,12 @@ func round(ctx context.Context, r *result, w *world, load *workload, n nemesis, 
 	return nil
 }
 
-// until waits for a condition of other processes, for which there is no event.
-func until(cond func() bool) bool { return within(patience, cond) }
+// until waits for a condition of other processes, for which there is no event; it is false when patience or ctx has ended before.
+func until(ctx context.Context, cond func() bool) bool { return within(ctx, patience, cond) }
 
-func within(limit time.Duration, cond func() bool) bool {
-	for end := time.Now().Add(limit); !cond(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
+func within(ctx context.Context, limit time.Duration, cond func() bool) bool {
+	for end := time.Now().Add(limit); !cond(); sleep(ctx, 5*time.Millisecond) {
+		if ctx.Err() != nil || time.Now().After(end) {
 			return false
 		}
 	}

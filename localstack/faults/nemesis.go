@@ -193,7 +193,7 @@ func (w *world) blank(ctx context.Context, n *localstack.Node, id int, added fun
 	if err := errors.Join(added(), <-up); err != nil {
 		return err
 	}
-	if !until(func() bool { return w.cluster.Said(joined) >= before+groups }) {
+	if !until(ctx, func() bool { return w.cluster.Said(joined) >= before+groups }) {
 		return fmt.Errorf("voter %d is not in every group %v after it lost its disk", id, patience)
 	}
 	return nil
@@ -227,7 +227,7 @@ func members(w *world) (*fault, error) {
 		}
 		return w.blank(ctx, n, i+1, func() (err error) {
 			var out string
-			if !until(func() bool { // it must have announced itself
+			if !until(ctx, func() bool { // it must have announced itself
 				out, err = other.Command(ctx, "members", "add", id)
 				return err == nil
 			}) {

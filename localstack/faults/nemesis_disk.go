@@ -58,7 +58,7 @@ func frozen(w *world) (*fault, error) {
 		if n.Alive() && !strings.Contains(n.Tail(), "E_DISK_HUNG") {
 			return nil
 		}
-		if !until(dead(n)) {
+		if !until(ctx, dead(n)) {
 			return fmt.Errorf("voter%s says that its disk hangs and does not end in %v", name, patience)
 		}
 		return restart(ctx, n)

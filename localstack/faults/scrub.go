@@ -41,8 +41,11 @@ func (w *workload) scrub(ctx context.Context, store *localstack.Double) (found [
 		from[fmt.Sprintf("%x-%d", id[:], o.Partition)] = o.Offset
 	})
 	var dead []string
-	if until(func() bool { dead, err = expired(store, from); return err != nil || len(dead) == 0 }) {
+	if until(ctx, func() bool { dead, err = expired(store, from); return err != nil || len(dead) == 0 }) {
 		return found, err
+	}
+	if ctx.Err() != nil { // nobody has waited for them to go
+		return found, ctx.Err()
 	}
 	for _, k := range dead {
 		found = append(found, check.Anomaly{Rule: "zombie-object", Text: fmt.Sprintf("%s holds nothing that can be read and is there after %v", k, patience), Key: -1})

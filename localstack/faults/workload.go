@@ -87,7 +87,7 @@ func start(ctx context.Context, brokers []string, seed uint64) (*workload, error
 	defer cl.Close()
 	limit, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	if !until(func() bool { err = makeTopics(limit, cl); return err == nil || ctx.Err() != nil }) {
+	if !until(ctx, func() bool { err = makeTopics(limit, cl); return err == nil }) {
 		return nil, fmt.Errorf("%w: making topics: %w", errStuck, err)
 	}
 	ctx, w.end = context.WithCancel(ctx)
@@ -153,7 +153,7 @@ func (w *workload) leader(ctx context.Context) (leader int32, err error) {
 		return 0, err
 	}
 	defer cl.Close()
-	if !until(func() bool {
+	if !until(ctx, func() bool {
 		m, e := kadm.NewClient(cl).Metadata(ctx, kept)
 		if err = e; err == nil {
 			leader = m.Topics[kept].Partitions[0].Leader
@@ -442,7 +442,7 @@ func (w *workload) finish(ctx context.Context) ([]check.Op, error) {
 	}
 	defer cl.Close()
 	var starts, ends kadm.ListedOffsets
-	if !until(func() bool {
+	if !until(ctx, func() bool {
 		var err2 error
 		starts, err = kadm.NewClient(cl).ListStartOffsets(ctx, kept, expiring)
 		ends, err2 = kadm.NewClient(cl).ListEndOffsets(ctx, kept, expiring)
