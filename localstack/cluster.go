@@ -214,6 +214,20 @@ func (c *Cluster) After(text string, n int) (out []string) {
 	return out
 }
 
+// Keep ends all voters, who write what each of their goroutines does, and copies all that each has written to a file in dir.
+func (c *Cluster) Keep(dir string) error {
+	var errs []error
+	for i, n := range c.Nodes {
+		errs = append(errs, n.end(syscall.SIGQUIT))
+		b, err := os.ReadFile(c.logs[i].Name())
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, fmt.Sprintf("voter-%d.log", i+1)), b, 0o600)
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
 // Close kills what runs and waits for it.
 func (c *Cluster) Close() error {
 	var errs []error

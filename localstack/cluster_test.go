@@ -1,9 +1,11 @@
 package localstack
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 )
 
@@ -23,5 +25,36 @@ func TestAfter(t *testing.T) {
 	}
 	if got := c.After("\npanic: ", 14); !slices.Equal(got, []string{"\npanic: one\ngo", "\npanic: two", "\npanic: three\n"}) {
 		t.Errorf("%q", got)
+	}
+}
+
+// What is kept of voters that do not come back: all that they have written, and what their goroutines were doing.
+func TestKeep(t *testing.T) {
+	if testing.Short() {
+		t.Skip("processes are left out with -short")
+	}
+	p, err := program()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := NewCluster(p, t.TempDir(), 3)
+	defer c.Close()
+	if err := c.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := c.Keep(dir); err != nil {
+		t.Fatal(err)
+	}
+	for i := range c.Nodes {
+		b, err := os.ReadFile(filepath.Join(dir, fmt.Sprintf("voter-%d.log", i+1)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, want := range []string{`"event":"server.ready"`, "\ngoroutine "} {
+			if !strings.Contains(string(b), want) {
+				t.Errorf("voter %d: %q is not in %d bytes", i+1, want, len(b))
+			}
+		}
 	}
 }

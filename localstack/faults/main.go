@@ -264,8 +264,20 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 	}
 	r.report(load.bad, out)
 	failed = errors.Join(failed, r.judgeMetadata(c, load.asked))
-	failed = r.stuck(ctx, failed)
+	if failed = r.stuck(ctx, failed); failed != nil {
+		failed = errors.Join(failed, keepVoters(c, cluster, out))
+	}
 	return errors.Join(failed, r.judge(c, ops, failed == nil, out))
+}
+
+// keepVoters keeps what the voters have written and were doing when they did not come back.
+func keepVoters(c config, cluster *localstack.Cluster, out io.Writer) error {
+	dir, err := os.MkdirTemp(c.keep, fmt.Sprintf("estran-voters-%d-*", c.seed))
+	if err != nil {
+		return err
+	}
+	fmt.Fprintln(out, "the voters' output is in", dir)
+	return cluster.Keep(dir)
 }
 
 // stuck counts an error that says that the cluster has not come back, unless the run is being ended.
