@@ -244,8 +244,9 @@ func (c *cluster) elect() (lead *node) {
 		if slices.ContainsFunc(c.nodes, (*node).leads) {
 			return true
 		}
+		// A candidate that was not heard goes on with its election for as long as its timer says, and stands for no other before: whoever follows can end that.
 		if n := slices.MaxFunc(c.nodes, func(a, b *node) int {
-			return cmp.Or(cmp.Compare(a.last().Term, b.last().Term), cmp.Compare(a.last().Index, b.last().Index))
+			return cmp.Or(cmp.Compare(b.candidacy(), a.candidacy()), cmp.Compare(a.last().Term, b.last().Term), cmp.Compare(a.last().Index, b.last().Index))
 		}); time.Since(stood) > 2*n.at.vote {
 			stood = time.Now()
 			n.trans.ElectNow()
@@ -253,6 +254,14 @@ func (c *cluster) elect() (lead *node) {
 		return false
 	})
 	return c.leader()
+}
+
+// candidacy is 1 of a node that stands for election.
+func (n *node) candidacy() int {
+	if r := n.raft.Load(); r != nil && r.State() == raft.Candidate {
+		return 1
+	}
+	return 0
 }
 
 // last is the last entry of the node's log.
