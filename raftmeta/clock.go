@@ -75,11 +75,12 @@ func (c *clock) stamp(seen record.Timestamp) record.Timestamp {
 	if !trusted {
 		return 0
 	}
-	if seen-record.Timestamp(t.UnixMilli()) > record.Timestamp(clockBack.Milliseconds()) {
+	ms := record.Timestamp(t.UnixMilli())
+	if seen-ms > record.Timestamp(clockBack.Milliseconds()) {
 		return 0 // and last stays: the time that it is put right to is not one that runs ahead
 	}
 	c.last, c.mark = t, now
-	return record.Timestamp(t.UnixMilli())
+	return ms
 }
 
 // agreed is the median of the voters' clocks, of two the lower; agree says that a majority of all voters is close to it, known that a majority is in contact.

@@ -335,9 +335,10 @@ func produceLines(ctx context.Context, cl *kgo.Client, s streams, patience time.
 			break
 		}
 		n++
-		if unanswered.Add(1) == 1 {
+		if unanswered.Load() == 0 { // before it counts: silence of a moment ago is not of this record
 			silence.Reset(patience)
 		}
+		unanswered.Add(1)
 		cl.Produce(ctx, r, func(_ *kgo.Record, err error) {
 			unanswered.Add(-1)
 			silence.Reset(patience)

@@ -210,7 +210,7 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 	}
 	load, err := start(ctx, brokers, rng.Uint64())
 	if err != nil {
-		return r.stuck(ctx, err)
+		return errors.Join(r.stuck(ctx, err), keepVoters(c, cluster, out))
 	}
 	id := int32(foreignIDs)
 	for _, name := range slices.Sorted(maps.Keys(c.clients)) {

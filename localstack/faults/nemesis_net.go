@@ -76,7 +76,7 @@ func leaderApart(w *world) (*fault, error) {
 		}
 	}
 	hold := time.Duration(4000+w.rng.IntN(4000)) * time.Millisecond // beside the usual one
-	return &fault{fmt.Sprintf("%d, which leads, apart", leader), func() bool { return w.network.Hits() > before }, func(ctx context.Context) error {
+	return &fault{fmt.Sprintf("%d, which leads, apart for %v longer,", leader, hold), func() bool { return w.network.Hits() > before }, func(ctx context.Context) error {
 		sleep(ctx, hold)
 		w.network.Heal()
 		return nil
