@@ -54,7 +54,7 @@ func TestAcknowledgedIsOnAMajority(t *testing.T) {
 	for _, n := range nodes {
 		mine := map[uint64]bool{}
 		for _, dir := range groupLabels(t, n) {
-			if _, _, err := logs.Read(filepath.Join(n.dir, dir), func(p []byte) {
+			if _, _, err := logs.Read(filepath.Join(n.dir, dir), 0, func(p []byte) {
 				for len(p) > 0 {
 					b, rest, err := record.Next(p)
 					if err != nil || b.CheckCRC() != nil {

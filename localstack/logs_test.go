@@ -43,7 +43,7 @@ func sameLogs(t *testing.T, nodes []*Node) {
 			t.Fatal(err)
 		}
 	}
-	if err := logs.Compare(dirs, committed); err != nil {
+	if err := logs.Compare(dirs, committed, nil); err != nil {
 		t.Errorf("the logs differ: %v", err)
 	}
 }

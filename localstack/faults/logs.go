@@ -11,8 +11,8 @@ import (
 )
 
 // sameLogs ends a life: it waits until every voter knows what is committed, kills them all and compares their logs as they lie on their disks, and what the logs
-// come to; store has what they refer to.
-func sameLogs(ctx context.Context, cluster *localstack.Cluster, store *localstack.Double) ([]check.Anomaly, error) {
+// come to; store has what they refer to, flips are the bits of logs that the tool itself has changed.
+func sameLogs(ctx context.Context, cluster *localstack.Cluster, store *localstack.Double, flips map[string]int) ([]check.Anomaly, error) {
 	for i, n := range cluster.Nodes {
 		if n.Alive() { // one that ended late of a failed call is not
 			continue
@@ -40,7 +40,7 @@ func sameLogs(ctx context.Context, cluster *localstack.Cluster, store *localstac
 		}
 		dirs = append(dirs, n.Dir())
 	}
-	if err := logs.Compare(dirs, committed); err != nil {
+	if err := logs.Compare(dirs, committed, flips); err != nil {
 		return []check.Anomaly{{Rule: "logs-differ", Text: err.Error(), Key: -1}}, nil
 	}
 	return logs.States(dirs, committed, below(store.Keys(), store.Object))

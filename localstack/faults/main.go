@@ -221,7 +221,7 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 		}
 		id += 10
 	}
-	w := &world{cluster: cluster, network: network, store: store, rng: rng, leader: func() (int32, error) { return load.leader(ctx) }}
+	w := &world{cluster: cluster, network: network, store: store, rng: rng, flips: map[string]int{}, leader: func() (int32, error) { return load.leader(ctx) }}
 	if c.clocks {
 		for i := range cluster.Nodes {
 			w.clocks = append(w.clocks, filepath.Join(dir, fmt.Sprint("clock-", i+1))) // what the program looks at that has the tag
@@ -255,7 +255,7 @@ func life(ctx context.Context, c config, r *result, program, dir string, kinds [
 		failed = err
 	}
 	if failed == nil {
-		found, err := sameLogs(limit, cluster, store)
+		found, err := sameLogs(limit, cluster, store, w.flips)
 		r.report(found, out)
 		failed = err
 	}

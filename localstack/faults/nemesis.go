@@ -23,6 +23,7 @@ type world struct {
 	store   *localstack.Double
 	clocks  []string // files that say how wrong each voter's clock is; none if the program does not ask
 	rng     *rand.Rand
+	flips   map[string]int // how many bits of a voter's logs were changed, by its directory
 	// leader is the voter that leads partition 0, from 1.
 	leader func() (int32, error)
 }

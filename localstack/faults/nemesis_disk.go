@@ -161,6 +161,9 @@ func (w *world) flip(dir, what string) (where string, err error) {
 		if err != nil {
 			return "", err
 		}
+		if what == "log" {
+			w.flips[dir]++
+		}
 		_, err = f.WriteAt([]byte{b[at] ^ 1<<w.rng.IntN(8)}, int64(at))
 		return fmt.Sprintf("%s at %d", name, at), errors.Join(err, f.Close())
 	}

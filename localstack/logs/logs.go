@@ -17,10 +17,11 @@ import (
 type Entry struct {
 	index, term uint64
 	sum         [sha256.Size]byte // of type, Data and payload
+	lost        bool              // its bytes are damaged, as is allowed: nothing is known of it but the index
 }
 
-// Read reads a group's log from the directory of a voter that does not run; each is told the payload of every entry. raftlog checks every checksum.
-func Read(dir string, each func(payload []byte)) (base uint64, out []Entry, err error) {
+// Read reads a group's log from the directory of a voter that does not run; each, if not nil, is told the payload of every entry. raftlog checks every checksum; as many entries as damaged says may fail that.
+func Read(dir string, damaged int, each func(payload []byte)) (base uint64, out []Entry, err error) {
 	l, err := raftlog.Open(raftlog.Config{Dir: dir, Group: groupOfDir(dir), TailBytes: 1})
 	if err != nil {
 		return 0, nil, err
@@ -33,10 +34,15 @@ func Read(dir string, each func(payload []byte)) (base uint64, out []Entry, err 
 	}
 	for i := base + 1; i <= last; i++ {
 		var e raft.Log
-		if err := l.GetLog(i, &e); err != nil {
-			return 0, nil, fmt.Errorf("entry %d: %w", i, err)
+		var p []byte
+		if err = l.GetLog(i, &e); err == nil {
+			p, err = l.Payload(i, e.Term)
 		}
-		p, err := l.Payload(i, e.Term)
+		if errors.Is(err, raftlog.ErrCorrupt) && damaged > 0 {
+			damaged--
+			out = append(out, Entry{index: i, lost: true})
+			continue
+		}
 		if err != nil {
 			return 0, nil, fmt.Errorf("entry %d: %w", i, err)
 		}
@@ -47,7 +53,7 @@ func Read(dir string, each func(payload []byte)) (base uint64, out []Entry, err 
 		fmt.Fprintf(h, "%d %d %d ", e.Type, len(e.Data), len(p))
 		h.Write(e.Data)
 		h.Write(p)
-		out = append(out, Entry{i, e.Term, [sha256.Size]byte(h.Sum(nil))})
+		out = append(out, Entry{index: i, term: e.Term, sum: [sha256.Size]byte(h.Sum(nil))})
 	}
 	return base, out, nil
 }
@@ -60,7 +66,8 @@ func groupOfDir(dir string) (id uint32) {
 
 // Compare compares the logs of voters that do not run. Entries with one index and term are the same bytes in each; of what was committed every log that reaches so
 // far has the same, and a majority has all (committed: the index, by the group's directory). A log that begins behind an index is taken to have what was there: it was given up by rule.
-func Compare(dirs []string, committed map[string]uint64) error {
+// damaged is how many entries of a voter's logs somebody has damaged on purpose: nobody may have read them since, and nothing is asked of them.
+func Compare(dirs []string, committed map[string]uint64, damaged map[string]int) error {
 	if len(committed) == 0 {
 		return errors.New("nothing to compare: no group is known")
 	}
@@ -69,7 +76,7 @@ func Compare(dirs []string, committed map[string]uint64) error {
 		holders := 0
 		seen := map[uint64]map[uint64]Entry{} // index -> term -> the first one seen
 		for _, dir := range dirs {
-			base, entries, err := Read(filepath.Join(dir, name), nil)
+			base, entries, err := Read(filepath.Join(dir, name), damaged[dir], nil)
 			if err != nil {
 				errs = append(errs, fmt.Errorf("%s of %s: %w", name, dir, err))
 				continue
@@ -78,6 +85,9 @@ func Compare(dirs []string, committed map[string]uint64) error {
 				holders++
 			}
 			for _, e := range entries {
+				if e.lost {
+					continue
+				}
 				if seen[e.index] == nil {
 					seen[e.index] = map[uint64]Entry{}
 				}
