@@ -13,6 +13,7 @@ ROUNDS   ?= 20
 NEMESES  ?=
 MISTAKES ?= all
 HOURS    ?=
+SOAK_FLAGS ?=
 SOAK_MINUTES ?= $(shell echo $$(($(or $(HOURS),2) * 60)))
 
 .PHONY: build test short lint cross race fuzz bench bench-go bench-kafka bench-wal golden localstack-bin compose-test clients-test image faults planted sim soak clean
@@ -87,8 +88,8 @@ planted: ## rounds of faults against programs with one known MISTAKE each, until
 sim: ## HOURS of cluster time in minutes: three voters in one process under faults and a load chosen by SEED; the time is virtual
 	ESTRAN_SIM_SEED=$(SEED) ESTRAN_SIM_HOURS=$(or $(HOURS),24) $(GO) test ./raftmeta/sim -count=1 -v -timeout 60m
 
-soak: ## HOURS of three voters (or SOAK_MINUTES) under a load in which everything comes and goes: what grows? ends by itself
-	$(GO) run ./localstack/soak --minutes $(SOAK_MINUTES)
+soak: ## HOURS of three voters (or SOAK_MINUTES) under a load in which everything comes and goes: what grows? ends by itself; SOAK_FLAGS="--load full" (or idle)
+	$(GO) run ./localstack/soak --minutes $(SOAK_MINUTES) $(SOAK_FLAGS)
 
 clean:
 	rm -f estran

@@ -19,7 +19,8 @@ const (
 	partitions = 6
 	recordSize = 1000
 	perBeat    = 20        // records of each of the two producers, fifty times a second
-	kept       = "4000000" // bytes of a partition that retention leaves: some ten seconds
+	kept       = 4_000_000 // bytes of a partition that retention leaves: some ten seconds
+	keptFull   = 100 * kept
 )
 
 // load is the clients. Each kind does one thing over and over, at a pace of its own, until the time is over.
@@ -36,23 +37,46 @@ func (l *load) client(opts ...kgo.Opt) (*kgo.Client, error) {
 	return kgo.NewClient(append([]kgo.Opt{kgo.SeedBrokers(l.brokers...), kgo.MetadataMinAge(100 * time.Millisecond), kgo.UnknownTopicRetries(-1), kgo.RetryTimeout(time.Minute)}, opts...)...)
 }
 
+// pace is how much the producers write.
+type pace string
+
+const (
+	moderate pace = ""     // 2 MB/s
+	full     pace = "full" // what is acknowledged makes room for more
+	idle     pace = "idle" // a record a second, and no other client
+)
+
+func (p *pace) set(s string) error {
+	if *p = pace(s); *p != full && *p != idle {
+		return errors.New("full or idle")
+	}
+	return nil
+}
+
 // start makes the topic and starts all clients.
-func start(ctx context.Context, brokers []string) (*load, error) {
+func start(ctx context.Context, brokers []string, p pace) (*load, error) {
 	l := &load{brokers: brokers}
 	cl, err := l.client()
 	if err != nil {
 		return nil, err
 	}
 	defer cl.Close()
-	bytes := kept
+	bytes := fmt.Sprint(kept)
+	if p == full {
+		bytes = fmt.Sprint(keptFull)
+	}
 	if err := decided(ctx, kerr.TopicAlreadyExists, func() error {
 		made, err := kadm.NewClient(cl).CreateTopic(ctx, partitions, 3, map[string]*string{"retention.bytes": &bytes}, topic)
 		return errors.Join(err, made.Err)
 	}); err != nil {
 		return nil, err
 	}
+	if p == idle {
+		l.run(ctx, "produce", l.trickle)
+		return l, nil
+	}
 	for range 2 {
-		l.run(ctx, "produce", l.produce)
+		l.run(ctx, "produce", func(ctx context.Context) error { return l.produce(ctx, p) })
 	}
 	l.run(ctx, "come and go", l.comeAndGo)
 	l.run(ctx, "drop connections", l.drop)
@@ -103,7 +127,24 @@ func paced(ctx context.Context, d time.Duration, f func() error) error {
 	}
 }
 
-func (l *load) produce(ctx context.Context) error {
+// trickle writes a record a second: what has frozen is noticed.
+func (l *load) trickle(ctx context.Context) error {
+	cl, err := l.client(kgo.DefaultProduceTopic(topic))
+	if err != nil {
+		return err
+	}
+	defer cl.Close()
+	return paced(ctx, time.Second, func() error {
+		err := cl.ProduceSync(ctx, &kgo.Record{Value: make([]byte, recordSize)}).FirstErr()
+		if err == nil {
+			l.acked.Add(1)
+		}
+		return err
+	})
+}
+
+// produce writes at a pace, or as fast as there is room in its buffer.
+func (l *load) produce(ctx context.Context, p pace) error {
 	cl, err := l.client(kgo.DefaultProduceTopic(topic), kgo.RecordRetries(1<<30), kgo.ProducerBatchCompression(kgo.NoCompression()))
 	if err != nil {
 		return err
@@ -111,9 +152,9 @@ func (l *load) produce(ctx context.Context) error {
 	defer cl.Close()
 	value := make([]byte, recordSize)
 	var failed atomic.Pointer[error]
-	return paced(ctx, 20*time.Millisecond, func() error {
+	beat := func() error {
 		for range perBeat {
-			cl.Produce(ctx, &kgo.Record{Value: value}, func(_ *kgo.Record, err error) {
+			cl.Produce(ctx, &kgo.Record{Value: value}, func(_ *kgo.Record, err error) { // it waits while 10,000 are on their way
 				if err != nil {
 					failed.Store(&err)
 					return
@@ -125,7 +166,16 @@ func (l *load) produce(ctx context.Context) error {
 			return *err
 		}
 		return nil
-	})
+	}
+	if p != full {
+		return paced(ctx, 20*time.Millisecond, beat)
+	}
+	for ctx.Err() == nil {
+		if err := beat(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // comeAndGo is a client that connects, writes, reads and goes, twice a second. It is not idempotent: producers are remembered for days.

@@ -27,7 +27,7 @@ type result struct {
 	Topics      int64              `json:"topics"`      // made and deleted
 	Connections int64              `json:"connections"` // made and dropped
 	Rebalances  int64              `json:"rebalances"`
-	Elections   int                `json:"elections"`   // after the warm-up
+	Elections   int                `json:"elections"`   // since leaderships had settled
 	Unexplained int                `json:"unexplained"` // of these, in a time without a stall
 	PerHour     map[string]float64 `json:"per_hour"`    // slopes
 	Grows       []string           `json:"grows"`
@@ -37,12 +37,16 @@ type result struct {
 type config struct {
 	length, every time.Duration
 	module        string
+	pace          pace
+	store         string // URL; "" = a directory beside the voters'
 }
 
 func main() {
 	var c config
 	minutes := flag.Float64("minutes", 120, "how long it runs")
 	flag.DurationVar(&c.every, "every", time.Minute, "time between two lines; shorter if there would be fewer than twelve")
+	flag.Func("load", "full: produce as fast as records are acknowledged; idle: a record a second and nothing else; without it 2 MB/s", c.pace.set)
+	flag.StringVar(&c.store, "store", "", "URL of the object store; a directory beside those of the voters if empty")
 	flag.StringVar(&c.module, "module", ".", "directory of the module whose program is tried")
 	flag.Parse()
 	c.length = time.Duration(*minutes * float64(time.Minute))
@@ -68,7 +72,7 @@ const shards = 3
 
 // settings make minutes show what takes days: small segments, a small log, objects that are deleted soon.
 var settings = []string{fmt.Sprint("ESTRAN_QUORUM_SHARDS=", shards), "ESTRAN_TIERING_SEAL_BYTES=4MiB", "ESTRAN_TIERING_SEAL_AGE=5s", "ESTRAN_TIERING_LOCAL_RETENTION_BYTES=16MiB",
-	"ESTRAN_TIERING_CACHE_BYTES=16MiB", "ESTRAN_HOT_MAX_BYTES=512MiB", "ESTRAN_TIERING_PREPARE_TTL=30s", "ESTRAN_TIERING_DELETE_GRACE=10s", "KAFKA_GROUP_INITIAL_REBALANCE_DELAY_MS=0"}
+	"ESTRAN_TIERING_CACHE_BYTES=16MiB", "ESTRAN_HOT_MAX_BYTES=512MiB", "ESTRAN_TIERING_PREPARE_TTL=30s", "ESTRAN_TIERING_DELETE_GRACE=10s", "KAFKA_LOG_RETENTION_CHECK_INTERVAL_MS=1000", "KAFKA_GROUP_INITIAL_REBALANCE_DELAY_MS=0"}
 
 // run soaks until the time is over or ctx ends.
 func run(ctx context.Context, c config, out io.Writer) (r *result, err error) {
@@ -87,6 +91,7 @@ func run(ctx context.Context, c config, out io.Writer) (r *result, err error) {
 		return r, err
 	}
 	cluster := localstack.NewCluster(program, data, 3, settings...)
+	cluster.Storage = c.store
 	if err := cluster.Start(ctx); err != nil {
 		return r, err
 	}
@@ -98,7 +103,7 @@ func run(ctx context.Context, c config, out io.Writer) (r *result, err error) {
 	begun := time.Now()
 	life, end := context.WithTimeout(ctx, c.length)
 	defer end()
-	l, err := start(life, brokers)
+	l, err := start(life, brokers, c.pace)
 	if err != nil {
 		return r, err
 	}

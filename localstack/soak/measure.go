@@ -180,6 +180,9 @@ func warmUp(length time.Duration) time.Duration { return min(length/3, time.Hour
 
 const leastWarmUp = 5 * time.Minute
 
+// settled is when leaderships are where they are to be: elections count from then on.
+const settled = 3 * time.Minute
+
 // judge says what grows, and which elections nothing explains.
 func (r *result) judge(all []sample) {
 	if len(all) == 0 {
@@ -188,7 +191,7 @@ func (r *result) judge(all []sample) {
 	}
 	warm := warmUp(all[len(all)-1].at)
 	i := slices.IndexFunc(all, func(s sample) bool { return s.at >= warm })
-	r.elections(all, i)
+	r.elections(all, slices.IndexFunc(all, func(s sample) bool { return s.at >= min(warm, settled) }))
 	all = all[i:]
 	r.Samples, r.Judged = len(all), warm >= leastWarmUp
 	for key := range all[0].values {

@@ -78,7 +78,7 @@ func TestJudge(t *testing.T) {
 			}
 		}), 0, 1, 1},
 		{"early election", made(func(float64) float64 { return 0 }, func(i int, s *sample) {
-			if i >= 10 {
+			if i >= 2 {
 				s.terms["meta"] = 3
 			}
 		}), 0, 0, 0},
