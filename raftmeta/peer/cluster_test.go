@@ -3,7 +3,9 @@ package peer
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -109,6 +111,7 @@ type node struct {
 	now    func() time.Time
 	free   func() int64
 	back   atomic.Int64 // buffers that were given back
+	fails  atomic.Int64 // so many of the next connections that it makes do
 }
 
 func (n *node) start(first []raft.Server) {
@@ -134,7 +137,7 @@ func (n *node) start(first []raft.Server) {
 			n.t.Fatal(err)
 		}
 	}
-	pc := Config{ServerID: n.id, ClusterID: "c", Secret: []byte("secret"), TLS: n.tls, Listener: l, Resolve: n.net.resolve, Dial: n.net.dialer(n.id), StageDir: n.dir, Now: n.now, Free: n.free, OnBehind: n.behind,
+	pc := Config{ServerID: n.id, ClusterID: "c", Secret: []byte("secret"), TLS: n.tls, Listener: l, Resolve: n.net.resolve, Dial: n.dial, StageDir: n.dir, Now: n.now, Free: n.free, OnBehind: n.behind,
 		GetBuffer: func(k int) []byte { return make([]byte, k) }, PutBuffer: func(b []byte) {
 			n.back.Add(1)
 			for i := range b { // whoever still looks at it sees that it is something else now
@@ -197,6 +200,13 @@ func (n *node) start(first []raft.Server) {
 	r, err := raft.NewRaft(cfg, n.fsm, n.log, n.stable, n.snaps.Store(), n.trans)
 	check(err)
 	n.raft.Store(r)
+}
+
+func (n *node) dial(ctx context.Context, addr string) (net.Conn, error) {
+	if n.fails.Add(-1) >= 0 {
+		return nil, errors.New("no connection today")
+	}
+	return n.net.dialer(n.id)(ctx, addr)
 }
 
 // stop ends the node as a crash would, as far as others can see.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"sync"
+	"time"
 
 	"github.com/hashicorp/raft"
 )
@@ -60,10 +61,25 @@ func (known Standing) Behind(s Standing) string {
 	return ""
 }
 
-// askBack asks a peer that has connected what it remembers of this node: followers do not connect to each other, nor to their leader.
-func (p *Peers) askBack(server string) {
-	if addr, ok := p.cfg.Resolve(server); ok {
-		_, _ = p.Ask(p.ctx, addr) // if it fails, it is asked again with its next connection
+// askBack asks the peer that has connected what it remembers of this node, until it answers or its connection ends: followers do not connect to each other, nor to their leader.
+func (x *inbound) askBack() {
+	p := x.p
+	for pause := p.times.redial; ; pause = min(2*pause, p.times.call) {
+		if addr, ok := p.cfg.Resolve(x.from); ok {
+			if _, err := p.Ask(p.ctx, addr); err == nil {
+				return
+			}
+		}
+		t := time.NewTimer(pause)
+		select {
+		case <-t.C:
+		case <-x.done:
+			t.Stop()
+			return
+		case <-p.ctx.Done():
+			t.Stop()
+			return
+		}
 	}
 }
 

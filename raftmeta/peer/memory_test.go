@@ -94,3 +94,24 @@ func TestWhoIsBehindIsTold(t *testing.T) {
 		t.Error("it is not told though it asks")
 	}
 }
+
+// Whoever has connected is asked back until it has answered: its connection may last for days.
+func TestAskingBackIsRepeated(t *testing.T) {
+	c := newCluster(t, 3, true)
+	lead := c.leader()
+	b := c.nodes[slices.IndexFunc(c.nodes, func(n *node) bool { return n != lead })]
+	told := make(chan string, 100)
+	b.stop()
+	b.behind = func(_ uint32, why string) {
+		select {
+		case told <- why:
+		default:
+		}
+	}
+	b.fails.Store(3) // it follows, and connects to nobody else
+	lead.peers.memory.note(b.id, 1, Standing{LastIndex: 1 << 40})
+	b.start(c.first)
+	if why := <-told; !strings.Contains(why, lead.id) || b.fails.Load() >= 0 {
+		t.Errorf("%q, %d connections still to fail", why, b.fails.Load())
+	}
+}

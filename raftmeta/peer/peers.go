@@ -273,7 +273,7 @@ func (p *Peers) proven(x *inbound) error {
 		}
 	}
 	if x.cl == classBeat {
-		p.wg.Go(func() { p.askBack(x.from) })
+		p.wg.Go(x.askBack)
 	}
 	return nil
 }
