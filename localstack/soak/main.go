@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
@@ -70,9 +71,11 @@ func (r *result) clean() bool {
 // shards of the cluster, beside meta.
 const shards = 3
 
-// settings make minutes show what takes days: small segments, a small log, objects that are deleted soon.
-var settings = []string{fmt.Sprint("ESTRAN_QUORUM_SHARDS=", shards), "ESTRAN_TIERING_SEAL_BYTES=4MiB", "ESTRAN_TIERING_SEAL_AGE=5s", "ESTRAN_TIERING_LOCAL_RETENTION_BYTES=16MiB",
-	"ESTRAN_TIERING_CACHE_BYTES=16MiB", "ESTRAN_HOT_MAX_BYTES=512MiB", "ESTRAN_TIERING_PREPARE_TTL=30s", "ESTRAN_TIERING_DELETE_GRACE=10s", "KAFKA_LOG_RETENTION_CHECK_INTERVAL_MS=1000", "KAFKA_GROUP_INITIAL_REBALANCE_DELAY_MS=0"}
+// settings of every run: what is deleted goes soon. small make minutes show what takes days, a small log and small segments; under full load these are as they are by default.
+var (
+	settings = []string{fmt.Sprint("ESTRAN_QUORUM_SHARDS=", shards), "ESTRAN_TIERING_PREPARE_TTL=30s", "ESTRAN_TIERING_DELETE_GRACE=10s", "KAFKA_LOG_RETENTION_CHECK_INTERVAL_MS=1000", "KAFKA_GROUP_INITIAL_REBALANCE_DELAY_MS=0"}
+	small    = []string{"ESTRAN_TIERING_SEAL_BYTES=4MiB", "ESTRAN_TIERING_SEAL_AGE=5s", "ESTRAN_TIERING_LOCAL_RETENTION_BYTES=16MiB", "ESTRAN_TIERING_CACHE_BYTES=16MiB", "ESTRAN_HOT_MAX_BYTES=512MiB"}
+)
 
 // run soaks until the time is over or ctx ends.
 func run(ctx context.Context, c config, out io.Writer) (r *result, err error) {
@@ -90,7 +93,11 @@ func run(ctx context.Context, c config, out io.Writer) (r *result, err error) {
 	if err := os.Mkdir(data, 0o755); err != nil {
 		return r, err
 	}
-	cluster := localstack.NewCluster(program, data, 3, settings...)
+	env := settings
+	if c.pace != full {
+		env = slices.Concat(settings, small)
+	}
+	cluster := localstack.NewCluster(program, data, 3, env...)
 	cluster.Storage = c.store
 	if err := cluster.Start(ctx); err != nil {
 		return r, err
