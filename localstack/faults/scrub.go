@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -30,10 +31,16 @@ func (w *workload) scrub(ctx context.Context, store *localstack.Double) (found [
 	}
 	defer cl.Close()
 	adm := kadm.NewClient(cl)
-	starts, err := adm.ListStartOffsets(ctx, kept, expiring)
-	topics, err2 := adm.ListTopics(ctx, kept, expiring)
-	if err != nil || err2 != nil {
-		return found, fmt.Errorf("the log starts after all faults: %w, %w", err, err2)
+	var starts kadm.ListedOffsets
+	var topics kadm.TopicDetails
+	if !until(ctx, func() bool { // there may be an election
+		var err2 error
+		starts, err = adm.ListStartOffsets(ctx, kept, expiring)
+		topics, err2 = adm.ListTopics(ctx, kept, expiring)
+		err = errors.Join(err, err2, starts.Error(), topics.Error())
+		return err == nil
+	}) {
+		return found, fmt.Errorf("%w: the log starts after all faults: %w", errStuck, err)
 	}
 	from := map[string]int64{} // topic ID and partition -> log start
 	starts.Each(func(o kadm.ListedOffset) {
