@@ -230,6 +230,7 @@ func (g *group) leadership() {
 		}
 		g.batcher.follow()
 		lead.Wait()
+		g.leads.Store(0) // again: the start of the term may have been applied just before it ended
 	}
 	defer end()
 	for {

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -463,6 +464,49 @@ func TestCloseAnswersEveryAppend(t *testing.T) {
 		if calls.Load() != answers.Load() {
 			t.Fatalf("seed %d: %d calls, %d answers", seed, calls.Load(), answers.Load())
 		}
+	}
+}
+
+// leadershipEnds counts the ends of leaderships that are logged.
+type leadershipEnds struct {
+	slog.Handler
+	n *atomic.Int64
+}
+
+func (e leadershipEnds) Enabled(context.Context, slog.Level) bool { return true }
+func (e leadershipEnds) WithAttrs([]slog.Attr) slog.Handler       { return e }
+func (e leadershipEnds) Handle(_ context.Context, r slog.Record) error {
+	if r.Message == "leadership lost" {
+		e.n.Add(1)
+	}
+	return nil
+}
+
+// Whoever loses the leadership while the start of its term is being applied does not take itself for the leader afterwards: nobody else would count for one.
+func TestLeadershipLostAtItsStart(t *testing.T) {
+	var ended atomic.Int64
+	h := openHost(t, t.TempDir(), func(c *Config) { c.Logger = slog.New(leadershipEnds{slog.DiscardHandler, &ended}) })
+	g := h.shardByID(1)
+	follows := func() bool {
+		g.batcher.mu.Lock()
+		defer g.batcher.mu.Unlock()
+		return g.batcher.term == 0
+	}
+	g.notify <- false
+	until(t, "it to follow", func() bool { return ended.Load() == 1 })
+	before, err := g.log.LastIndex()
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.mu.Lock() // nothing is applied
+	g.notify <- true
+	until(t, "a new start", func() bool { last, err := g.log.LastIndex(); return err != nil || last > before })
+	g.notify <- false
+	until(t, "its end to begin", follows)
+	g.mu.Unlock()
+	until(t, "its end", func() bool { return ended.Load() == 2 })
+	if term := g.leads.Load(); term != 0 {
+		t.Errorf("it follows, and leads term %d", term)
 	}
 }
 
