@@ -102,7 +102,7 @@ func (n *Node) Start(ctx context.Context) error {
 	case <-n.done:
 		return fmt.Errorf("localstack: estran ended at once: %w\n%s", n.err, n.Tail())
 	case <-ctx.Done():
-		return errors.Join(ctx.Err(), n.Kill())
+		return errors.Join(ctx.Err(), n.end(syscall.SIGQUIT)) // it says what it waits for
 	}
 }
 
