@@ -31,6 +31,8 @@ type machine interface {
 	leader() state.LeaderStart
 	clock() record.Timestamp
 	level() uint32
+	// position is the last command that was applied.
+	position() peer.Position
 }
 
 // frozen is a state that can be written while the machine goes on.
@@ -86,6 +88,7 @@ type group struct {
 	snapBytes atomic.Int64
 
 	watch  watchers
+	pub    *peer.Publisher // used with mu held
 	recent recentIndex
 	// mending: a damaged entry is being repaired.
 	mending single
@@ -102,6 +105,7 @@ func openGroup(h *Host, id record.ShardID, dir string) (*group, error) {
 	g.clock = newClock(h.cfg.Now, h.cfg.StoreTime, g.clocks, g.log_)
 	g.batcher = newBatcher(g)
 	g.watch.init()
+	g.pub = peer.NewPublisher(uint32(id))
 	if id == 0 {
 		g.meta = state.NewMeta()
 		g.machine = &metaMachine{g}
@@ -379,7 +383,9 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 			out[i] = outcome{void: true}
 			continue
 		}
+		before := g.machine.position()
 		o := g.machine.apply(l.Index, l.Term, l.Data)
+		g.publish(before.Index, l)
 		g.checkLevel()
 		if o.void {
 			g.metrics.voids.Inc()
@@ -436,6 +442,7 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 	defer r.Close()
 	f.g.mu.Lock()
 	err := f.g.machine.restore(r)
+	f.g.pub.Reset()
 	if f.g.checkLevel(); errors.Is(err, state.ErrLevel) {
 		f.g.refused = err
 	}
@@ -493,6 +500,9 @@ func (m *metaMachine) oldestHot() uint64         { return math.MaxUint64 }
 func (m *metaMachine) leader() state.LeaderStart { return m.g.meta.Leader() }
 func (m *metaMachine) clock() record.Timestamp   { return m.g.meta.Clock() }
 func (m *metaMachine) level() uint32             { return m.g.meta.FeatureLevel() }
+func (m *metaMachine) position() peer.Position {
+	return peer.Position{Index: uint64(m.g.meta.Applied()), Chain: m.g.meta.ChainHash()}
+}
 
 type shardMachine struct{ g *group }
 
@@ -525,6 +535,9 @@ func (m *shardMachine) oldestHot() uint64 {
 func (m *shardMachine) leader() state.LeaderStart { return m.g.shard.Leader() }
 func (m *shardMachine) clock() record.Timestamp   { return m.g.shard.Clock() }
 func (m *shardMachine) level() uint32             { return m.g.shard.FeatureLevel() }
+func (m *shardMachine) position() peer.Position {
+	return peer.Position{Index: uint64(m.g.shard.Applied()), Chain: m.g.shard.ChainHash()}
+}
 
 // tell lets the other voters know what is committed, for what waits until they have applied it: raft takes its time (CommitTimeout) when nothing follows.
 func (g *group) tell() {

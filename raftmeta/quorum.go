@@ -110,7 +110,7 @@ func (h *Host) openPeers() error {
 	}
 	var err error
 	h.peers, err = peer.New(peer.Config{ServerID: h.identity.serverID(), ClusterID: h.identity.cluster(), Founders: h.identity.Founders, Secret: h.cfg.Secret, TLS: h.cfg.TLS,
-		Features: h.features,
+		Features: h.features, Source: h.source,
 		Listener: h.cfg.PeerListener, Dial: h.cfg.Dial, Slower: h.cfg.Slower, Resolve: h.resolve, OnForward: h.onForward, OnBehind: h.onBehind, StageDir: stage, Logger: h.cfg.Logger, Registerer: h.cfg.Registerer, Now: h.cfg.Now, Free: h.room,
 		GetBuffer: record.GetBuffer, PutBuffer: record.PutBuffer})
 	return err

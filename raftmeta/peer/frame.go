@@ -27,20 +27,29 @@ const (
 	kindInstall    kind = 5
 	kindTerm       kind = 6
 	kindForward    kind = 7
-	kindLast            = kindForward
+	kindFollow     kind = 8
+	kindPart       kind = 9
+	kindReach      kind = 10
+	kindBytes      kind = 11
+	kindLast            = kindBytes
 )
 
 // String returns the label of the metrics.
 func (k kind) String() string {
-	return [...]string{"", "append", "vote", "prevote", "timeout_now", "install", "term", "forward"}[k]
+	return [...]string{"", "append", "vote", "prevote", "timeout_now", "install", "term", "forward", "follow", "part", "reach", "bytes"}[k]
 }
 
 // most is the limit of a message of this kind: who sends more is no peer of this version.
 func (k kind) most(answer bool) uint32 {
-	if answer {
+	switch {
+	case answer && k == kindBytes:
+		return chunkMax
+	case answer && k == kindPart: // nobody answers one
+		return 0
+	case answer:
 		return answerMax
 	}
-	return [...]uint32{kindAppend: messageMax, kindVote: smallMax, kindPreVote: smallMax, kindTimeoutNow: smallMax, kindInstall: smallMax + chunkMax, kindTerm: 0, kindForward: metaMax}[k]
+	return [...]uint32{kindAppend: messageMax, kindVote: smallMax, kindPreVote: smallMax, kindTimeoutNow: smallMax, kindInstall: smallMax + chunkMax, kindTerm: 0, kindForward: metaMax, kindFollow: followBytes, kindPart: messageMax, kindReach: 0, kindBytes: bytesAskBytes}[k]
 }
 
 const (

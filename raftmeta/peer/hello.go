@@ -63,7 +63,13 @@ const (
 	classBeat class = "beat"
 	// classAsk ends after the handshake: it tells who listens, and of which cluster.
 	classAsk class = "ask"
+	// classFeed carries one group's feed to a follower, classQuery a follower's questions: these two are all that a follower may make.
+	classFeed  class = "feed"
+	classQuery class = "query"
 )
+
+// follows reports whether connections of this class are a follower's.
+func (c class) follows() bool { return c == classFeed || c == classQuery }
 
 // Levels is the lowest and the highest level of a feature that a node knows.
 type Levels [2]int
@@ -349,7 +355,7 @@ func (p *Peers) receive(c net.Conn) (from string, cl class, err error) {
 func (p *Peers) judge(c net.Conn, d *hello) (version int, err error) {
 	stranger := func(why string) error { return fmt.Errorf("%w: %s: %s", ErrStranger, c.RemoteAddr(), why) }
 	switch own := p.cluster.Load().id; {
-	case d.Class != classBulk && d.Class != classBeat && d.Class != classAsk:
+	case d.Class != classBulk && d.Class != classBeat && d.Class != classAsk && !d.Class.follows():
 		return 0, stranger(fmt.Sprintf("class %q", d.Class))
 	case d.Class != classAsk && own == "":
 		return 0, stranger("this node belongs to no cluster yet")
@@ -360,7 +366,7 @@ func (p *Peers) judge(c net.Conn, d *hello) (version int, err error) {
 	case d.Server == "" || d.Server == p.cfg.ServerID:
 		return 0, stranger("it calls itself " + d.Server)
 	}
-	if err := tlsNames(c, d.Server); err != nil {
+	if err := tlsNames(c, d.Server); err != nil && (!d.Class.follows() && d.Class != classAsk || tlsNamed(c, followerName) != nil) {
 		return 0, err
 	}
 	if err := compare(p.cfg.Features(), d.Features); err != nil {

@@ -61,7 +61,7 @@ func levels(name string, least, most int) func() map[string]Levels {
 // patient are times for a handshake that must succeed, however busy the machine is.
 func patient() times {
 	at := defaultTimes()
-	at.dial, at.hello = time.Minute, time.Minute
+	at.dial, at.hello, at.dead = time.Minute, time.Minute, time.Hour
 	return at
 }
 

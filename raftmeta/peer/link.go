@@ -48,6 +48,8 @@ type times struct {
 	rank time.Duration
 	// catchUp is how long the log waits for a peer that is behind.
 	catchUp time.Duration
+	// state bounds the sending of a state to a follower. idle is after how long a feed says that there is nothing; a feed that says nothing for `dead` leads nowhere.
+	state, idle, dead time.Duration
 	// step bounds a piece of a snapshot, restore the last one, in which raft restores it.
 	step, restore time.Duration
 }
@@ -55,12 +57,12 @@ type times struct {
 func defaultTimes() times {
 	return times{dial: 2 * time.Second, hello: 3 * time.Second, redial: 50 * time.Millisecond, write: 10 * time.Second, body: 10 * time.Second,
 		call: 10 * time.Second, beat: 2 * time.Second, vote: 2 * time.Second, hold: 50 * time.Millisecond, silent: 300 * time.Millisecond,
-		contact: 500 * time.Millisecond, told: time.Second, rank: 50 * time.Millisecond, catchUp: 2 * time.Second, step: 10 * time.Second, restore: 2 * time.Minute}
+		contact: 500 * time.Millisecond, told: time.Second, rank: 50 * time.Millisecond, catchUp: 2 * time.Second, state: time.Minute, idle: time.Second, dead: 4 * time.Second, step: 10 * time.Second, restore: 2 * time.Minute}
 }
 
 // slower is for a simulation of days: whoever is written to so seldom may be silent for so much longer.
 func (t times) slower(n int) times {
-	for _, d := range []*time.Duration{&t.dial, &t.hello, &t.redial, &t.write, &t.body, &t.call, &t.beat, &t.vote, &t.hold, &t.silent, &t.contact, &t.told, &t.rank, &t.catchUp, &t.step, &t.restore} {
+	for _, d := range []*time.Duration{&t.dial, &t.hello, &t.redial, &t.write, &t.body, &t.call, &t.beat, &t.vote, &t.hold, &t.silent, &t.contact, &t.told, &t.rank, &t.catchUp, &t.state, &t.idle, &t.dead, &t.step, &t.restore} {
 		*d *= time.Duration(n)
 	}
 	return t
@@ -208,7 +210,7 @@ func (l *link) run() {
 		if err != nil {
 			l.p.cfg.Logger.Debug("no connection to a peer", "peer", l.target, "class", l.class, "err", err)
 			if errors.Is(err, ErrGone) {
-				l.giveUp(err, func(k kind) bool { return k == kindTerm || k == kindForward })
+				l.giveUp(err, func(k kind) bool { return k == kindTerm || k == kindForward || k == kindReach || k == kindBytes })
 			}
 			if !l.p.pause(l.p.times.redial) { // calls wait for their time: raft backs off for seconds if they fail at once
 				return
@@ -295,10 +297,7 @@ func (p *Peers) connect(ctx context.Context, addr string) (net.Conn, error) {
 func (l *link) write(c net.Conn) error {
 	heads := make([]byte, 0, frameHeader*(writeMost/chunkMax+8))
 	var bufs net.Buffers
-	var records *bufio.Writer
-	if _, ok := c.(sealed); ok {
-		records = bufio.NewWriterSize(c, recordBytes)
-	}
+	records := recordsOf(c)
 	for {
 		heads, bufs = heads[:0], bufs[:0]
 		l.mu.Lock()
@@ -328,15 +327,23 @@ func (l *link) write(c net.Conn) error {
 			l.turn = append(l.turn, g)
 		}
 		l.mu.Unlock()
-		if err := l.flush(c, records, bufs); err != nil {
+		if err := l.p.flush(c, records, bufs); err != nil {
 			return err
 		}
 	}
 }
 
+// recordsOf puts what is written to a TLS connection together; nil for another.
+func recordsOf(c net.Conn) *bufio.Writer {
+	if _, ok := c.(sealed); ok {
+		return bufio.NewWriterSize(c, recordBytes)
+	}
+	return nil
+}
+
 // flush writes buffers: with one system call, or as few records.
-func (l *link) flush(c net.Conn, records *bufio.Writer, bufs net.Buffers) error {
-	if err := c.SetWriteDeadline(time.Now().Add(l.p.times.write)); err != nil {
+func (p *Peers) flush(c net.Conn, records *bufio.Writer, bufs net.Buffers) error {
+	if err := c.SetWriteDeadline(time.Now().Add(p.times.write)); err != nil {
 		return err
 	}
 	if records == nil {

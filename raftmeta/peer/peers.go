@@ -36,6 +36,10 @@ type Config struct {
 	Dial func(ctx context.Context, addr string) (net.Conn, error)
 	// OnForward does what a peer forwards to a group's leader, which this node may be.
 	OnForward func(ctx context.Context, group uint32, body []byte) ([]byte, error)
+	// Source is where this node's followers get a group's feed from; nil = it has none of that number. nil = nobody is fed.
+	Source func(group uint32) Source
+	// Follower: this node only follows. Its certificate names `replica`.
+	Follower bool
 	// StageDir is where snapshots are put together before raft sees them.
 	StageDir string
 	// OnBehind is called when a peer remembers that this node has been further in a group than it is; why says in words what is missing. nil = nobody is told.
@@ -63,6 +67,8 @@ type Peers struct {
 	// cluster is what Join said last.
 	cluster  atomic.Pointer[membership]
 	forwards chan struct{}
+	states   chan struct{} // one for each state that is being sent to a follower
+	queries  chan struct{}
 	times    times
 	identity *identity // nil without TLS
 
@@ -105,6 +111,14 @@ const (
 	forwardTime = 10 * time.Second
 	forwardsMax = 256
 )
+
+// name is whom this node's certificate names.
+func (c *Config) name() string {
+	if c.Follower {
+		return followerName
+	}
+	return nodeName(c.ServerID)
+}
 
 type linkKey struct {
 	target string
@@ -153,10 +167,11 @@ func newPeers(cfg Config, t times) (*Peers, error) {
 			return nil, fmt.Errorf("%w: %s", ErrOpen, cfg.Listener.Addr())
 		}
 	}
-	p := &Peers{cfg: cfg, times: t, reports: map[string]Report{}, groups: map[uint32]*Transport{}, links: map[linkKey]*link{}, recalled: map[uint32]map[string]Standing{}, in: map[*inbound]struct{}{}, m: newMetrics(cfg.Registerer), forwards: make(chan struct{}, forwardsMax)}
+	p := &Peers{cfg: cfg, times: t, reports: map[string]Report{}, groups: map[uint32]*Transport{}, links: map[linkKey]*link{}, recalled: map[uint32]map[string]Standing{}, in: map[*inbound]struct{}{}, m: newMetrics(cfg.Registerer), forwards: make(chan struct{}, forwardsMax),
+		states: make(chan struct{}, statesMax), queries: make(chan struct{}, queriesMax)}
 	if cfg.TLS != nil {
 		var err error
-		if p.identity, err = newIdentity(*cfg.TLS, cfg.ServerID); err != nil {
+		if p.identity, err = newIdentity(*cfg.TLS, cfg.name()); err != nil {
 			return nil, err
 		}
 	}
@@ -264,11 +279,20 @@ func (p *Peers) proven(x *inbound) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.knownLocked(x)
-	if len(p.in)-len(p.strangers) > inMax {
-		return fmt.Errorf("%w: there are %d connections from peers", ErrStranger, inMax)
+	most, n := inMax, 0
+	if x.cl.follows() {
+		most = feedsMax
 	}
 	for o := range p.in {
-		if o != x && o.from == x.from && o.cl == x.cl {
+		if o.c != nil && o.cl.follows() == x.cl.follows() {
+			n++
+		}
+	}
+	if n > most {
+		return fmt.Errorf("%w: there are %d connections like it", ErrStranger, most)
+	}
+	for o := range p.in {
+		if o != x && x.cl != classFeed && o.c != nil && o.from == x.from && o.cl == x.cl {
 			p.wg.Go(o.abort)
 		}
 	}
@@ -357,6 +381,8 @@ type metrics struct {
 	calls    *prometheus.CounterVec
 	failed   *prometheus.CounterVec
 	duration *prometheus.HistogramVec
+
+	feedBytes, feedResets *prometheus.CounterVec
 }
 
 func newMetrics(r prometheus.Registerer) *metrics {
@@ -366,7 +392,9 @@ func newMetrics(r prometheus.Registerer) *metrics {
 		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "estran_raft_rpc_duration_seconds", Help: "Requests to peers until their answer.",
 			Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 10}}, []string{"peer", "kind"}),
 	}
-	r.MustRegister(m.calls, m.failed, m.duration)
+	m.feedBytes = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "estran_feed_bytes_total", Help: "Bytes sent to read replicas: entries, states and hot batches that they asked for."}, []string{"peer"})
+	m.feedResets = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "estran_feed_resets_total", Help: "Read replicas that were cut off and had to begin anew: too slow, or a snapshot replaced the state."}, []string{"reason"})
+	r.MustRegister(m.calls, m.failed, m.duration, m.feedBytes, m.feedResets)
 	return m
 }
 

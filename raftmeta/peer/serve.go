@@ -1,6 +1,7 @@
 package peer
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,8 @@ import (
 	"net"
 	"sync"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 const (
@@ -24,8 +27,13 @@ type inbound struct {
 	c    net.Conn // raw, or TLS around it; set before anything is answered
 	from string   // with cl, written under p.mu
 	cl   class
-	done chan struct{}
-	once sync.Once
+	// Of a follower's: what it gets is counted and, on a feed, put together here; group is whose feed it is, under p.mu.
+	group   uint32
+	fed     prometheus.Counter
+	records *bufio.Writer
+	scratch net.Buffers
+	done    chan struct{}
+	once    sync.Once
 
 	mu    sync.Mutex
 	cond  *sync.Cond
@@ -68,7 +76,7 @@ func (x *inbound) serve() {
 		return
 	}
 	p.cfg.Logger.Debug("a peer's connection ended", "component", "peer", "peer", x.from, "class", x.cl, "addr", x.raw.RemoteAddr().String(), "err", err)
-	if x.from != "" && !errors.Is(err, ErrFrame) && !errors.Is(err, ErrVersion) {
+	if x.from != "" && !x.cl.follows() && !errors.Is(err, ErrFrame) && !errors.Is(err, ErrVersion) {
 		p.lost(x.from)
 	}
 }
@@ -95,6 +103,13 @@ func (x *inbound) run() (err error) {
 	if err := x.prove(); err != nil || x.from == "" {
 		return err
 	}
+	if x.cl.follows() {
+		x.fed = x.p.m.feedBytes.WithLabelValues(nodeLabel(x.from))
+	}
+	if x.cl == classFeed {
+		x.records = recordsOf(x.c)
+		return x.feed()
+	}
 	x.p.wg.Go(x.write)
 	a := newAssembler(x.c, readBuffer, x.p.times.body)
 	a.get = x.p.cfg.GetBuffer
@@ -114,6 +129,11 @@ func (x *inbound) run() (err error) {
 
 // dispatch hands a message to its group's goroutine. What is answered outside raft is answered here.
 func (x *inbound) dispatch(m *message) error {
+	if asks := m.kind == kindReach || m.kind == kindBytes; asks != (x.cl == classQuery) || m.kind == kindFollow || m.kind == kindPart {
+		return fmt.Errorf("%w: %s on a connection of class %s", ErrFrame, m.kind, x.cl)
+	} else if asks {
+		return x.query(m)
+	}
 	if m.kind == kindTerm {
 		x.answer(m, x.p.standingOf(m.group), nil)
 		return nil
@@ -216,7 +236,7 @@ func (x *inbound) answerLocked(m *message, body []byte, err error) {
 
 // appendAnswer appends the frame that answers a request: with body, or with why there is none.
 func appendAnswer(out []byte, asked *header, body []byte, err error) []byte {
-	if err == nil && len(body) > answerMax {
+	if err == nil && len(body) > int(asked.kind.most(true)) {
 		err = fmt.Errorf("an answer of %d bytes", len(body))
 	}
 	if err != nil {

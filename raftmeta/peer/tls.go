@@ -38,8 +38,11 @@ func nodeName(server string) string {
 	return "node-" + node
 }
 
-func newIdentity(files TLS, server string) (*identity, error) {
-	i := &identity{files: files, node: nodeName(server)}
+// followerName is the DNS name in the certificates of followers, whose IDs are lent to them.
+const followerName = "replica"
+
+func newIdentity(files TLS, name string) (*identity, error) {
+	i := &identity{files: files, node: name}
 	return i, i.load()
 }
 
@@ -143,12 +146,17 @@ func tlsKey(c net.Conn, secret []byte) ([]byte, error) {
 
 // tlsNames checks that the certificate of the other side names the node of the server ID that it claims.
 func tlsNames(c net.Conn, server string) error {
+	if err := tlsNamed(c, nodeName(server)); err != nil {
+		return fmt.Errorf("%w: %s calls itself %s: %w", ErrStranger, c.RemoteAddr(), server, err)
+	}
+	return nil
+}
+
+// tlsNamed checks that the certificate of the other side names somebody.
+func tlsNamed(c net.Conn, name string) error {
 	s, ok := c.(sealed)
 	if !ok {
 		return nil
 	}
-	if err := s.ConnectionState().PeerCertificates[0].VerifyHostname(nodeName(server)); err != nil {
-		return fmt.Errorf("%w: %s calls itself %s: %w", ErrStranger, c.RemoteAddr(), server, err)
-	}
-	return nil
+	return s.ConnectionState().PeerCertificates[0].VerifyHostname(name)
 }

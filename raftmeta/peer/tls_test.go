@@ -160,7 +160,7 @@ func TestListenersCertificate(t *testing.T) {
 func TestCertificatesAreRenewed(t *testing.T) {
 	ca := newAuthority(t)
 	files := ca.node("one", "node-1")
-	i, err := newIdentity(*files, "1.aa")
+	i, err := newIdentity(*files, "node-1")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -181,7 +181,7 @@ func TestCertificatesAreRenewed(t *testing.T) {
 	if n := serial(); n.Cmp(second) != 0 {
 		t.Errorf("certificate %s, want still %s", n, second)
 	}
-	if _, err := newIdentity(*files, "1.aa"); !errors.Is(err, ErrCertificate) {
+	if _, err := newIdentity(*files, "node-1"); !errors.Is(err, ErrCertificate) {
 		t.Errorf("%v", err)
 	}
 }

@@ -105,7 +105,7 @@ func (m *Meta) Apply(index RaftIndex, term Term, data []byte) []Result {
 		panic(fmt.Sprintf("state: entry %d after %d", index, m.applied))
 	}
 	m.applied = index
-	m.chain = chainHash(m.chain, index, term, data)
+	m.chain = ChainHash(m.chain, index, term, data)
 	h, rest, err := decodeHeader(data)
 	if err != nil {
 		panic(fmt.Sprintf("state: entry %d: %v", index, err))
@@ -341,6 +341,9 @@ func (m *Meta) Leader() LeaderStart { return m.leader }
 
 // Applied is the index of the last command applied.
 func (m *Meta) Applied() RaftIndex { return m.applied }
+
+// ChainHash is the hash over every command entry applied.
+func (m *Meta) ChainHash() [16]byte { return m.chain }
 
 // Clock is the group's replicated clock.
 func (m *Meta) Clock() record.Timestamp { return m.clock }

@@ -109,7 +109,7 @@ func (s *Shard) Apply(index RaftIndex, term Term, data []byte) Applied {
 		panic(fmt.Sprintf("state: entry %d after %d", index, s.applied))
 	}
 	s.applied = index
-	s.chain = chainHash(s.chain, index, term, data)
+	s.chain = ChainHash(s.chain, index, term, data)
 	h, rest, err := decodeHeader(data)
 	if err != nil {
 		panic(fmt.Sprintf("state: entry %d: %v", index, err))
@@ -136,7 +136,8 @@ func (s *Shard) Apply(index RaftIndex, term Term, data []byte) Applied {
 	return a
 }
 
-func chainHash(prev [16]byte, index RaftIndex, term Term, data []byte) (out [16]byte) {
+// ChainHash is the hash over all commands up to one, from that over those before it.
+func ChainHash(prev [16]byte, index RaftIndex, term Term, data []byte) (out [16]byte) {
 	var b [36]byte
 	copy(b[:], prev[:])
 	be := binary.BigEndian
