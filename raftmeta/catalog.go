@@ -27,10 +27,7 @@ func (h *Host) Bounds(tp record.TopicPartition) (tiering.Bounds, bool) {
 	if g == nil {
 		return tiering.Bounds{}, false
 	}
-	g.mu.RLock()
-	defer g.mu.RUnlock()
-	i, ok := g.shard.Partition(tp)
-	return boundsOf(&i), ok
+	return g.bounds(tp)
 }
 
 // ShardOf implements tiering.Catalog.
@@ -52,16 +49,7 @@ func (h *Host) Runs(tp record.TopicPartition, from record.Offset, max int) []tie
 	if g == nil {
 		return nil
 	}
-	g.mu.RLock()
-	defer g.mu.RUnlock()
-	runs := g.shard.Runs(tp, from, max, nil)
-	out := make([]tiering.RunRef, 0, len(runs))
-	for _, r := range runs {
-		if o, ok := g.shard.Object(r.Object); ok {
-			out = append(out, tiering.RunRef{Run: r, Object: o})
-		}
-	}
-	return out
+	return g.runs(tp, from, max)
 }
 
 // Clock implements tiering.Catalog: the replicated clock, or this node's where that stands still because nothing was written.
@@ -80,26 +68,7 @@ func (h *Host) HotRange(tp record.TopicPartition) (tiering.HotRange, bool) {
 	if g == nil {
 		return tiering.HotRange{}, false
 	}
-	g.mu.RLock()
-	defer g.mu.RUnlock()
-	p, ok := g.shard.Partition(tp)
-	if !ok {
-		return tiering.HotRange{}, false
-	}
-	return g.hotRange(&p)
-}
-
-// hotRange describes what a partition has to seal. group.mu is held.
-func (g *group) hotRange(p *state.PartitionInfo) (tiering.HotRange, bool) {
-	if p.HighWatermark <= p.SealedEnd {
-		return tiering.HotRange{}, false
-	}
-	refs := g.shard.HotRefs(p.TP, p.SealedEnd, 1, nil)
-	if len(refs) == 0 {
-		return tiering.HotRange{}, false
-	}
-	return tiering.HotRange{TP: p.TP, Start: p.SealedEnd, End: p.HighWatermark - 1, Bytes: p.HotBytes, Class: p.Config.Class, Oldest: refs[0].At,
-		Epochs: g.shard.Epochs(p.TP)}, true
+	return g.hotRangeOf(tp)
 }
 
 // Pinned implements tiering.Catalog.
@@ -178,13 +147,18 @@ func (h *Host) Batches(ctx context.Context, s record.ShardID, r tiering.HotRange
 	if g == nil {
 		return nil, ErrNotLeader
 	}
+	return g.batches(ctx, r, maxBytes, g.openEntry)
+}
+
+// batches lists the batches of a range; open gives their entries.
+func (v *view) batches(ctx context.Context, r tiering.HotRange, maxBytes int64, open opener) ([]tiering.HotBatch, error) {
 	var out []tiering.HotBatch
 	var refs []state.HotRef
 	total, from := int64(0), r.Start
 	for from <= r.End {
-		g.mu.RLock()
-		refs = g.shard.HotRefs(r.TP, from, readRefs, refs[:0])
-		g.mu.RUnlock()
+		v.mu.RLock()
+		refs = v.shard.HotRefs(r.TP, from, readRefs, refs[:0])
+		v.mu.RUnlock()
 		if len(refs) == 0 || refs[0].Base > from {
 			return out, nil // sealed or deleted meanwhile
 		}
@@ -192,7 +166,7 @@ func (h *Host) Batches(ctx context.Context, s record.ShardID, r tiering.HotRange
 			if err := ctx.Err(); err != nil {
 				return nil, err
 			}
-			next, done, err := g.describe(&refs[i], r, maxBytes, &total, &out)
+			next, done, err := describe(ctx, open, &refs[i], r, maxBytes, &total, &out)
 			if err != nil {
 				return nil, err
 			}
@@ -206,8 +180,8 @@ func (h *Host) Batches(ctx context.Context, s record.ShardID, r tiering.HotRange
 }
 
 // describe appends the batches of a ref from r.Start on.
-func (g *group) describe(ref *state.HotRef, r tiering.HotRange, maxBytes int64, total *int64, out *[]tiering.HotBatch) (next record.Offset, done bool, err error) {
-	e, err := g.log.Entry(uint64(ref.Index), uint64(ref.Term))
+func describe(ctx context.Context, open opener, ref *state.HotRef, r tiering.HotRange, maxBytes int64, total *int64, out *[]tiering.HotBatch) (next record.Offset, done bool, err error) {
+	e, err := open(ctx, ref, false)
 	if err != nil {
 		return 0, false, err
 	}

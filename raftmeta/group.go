@@ -70,11 +70,9 @@ type group struct {
 	seen    atomic.Int64 // the replicated clock
 	metrics *groupMetrics
 
-	mu      sync.RWMutex // guards the machine: Apply holds it for writing, readers for reading
-	machine machine
-	shard   *state.Shard // of a shard; nil for meta
-	meta    *state.Meta  // of meta; nil for a shard
-	refused error        // the state has a feature level that this program does not know: it stays as it is
+	view
+	machine machine // guarded by mu, as the view's states are, which it applies to
+	refused error   // the state has a feature level that this program does not know: it stays as it is
 
 	applied atomic.Uint64 // last index that the machine has seen, of any type
 	leads   atomic.Uint64 // term whose LeaderStart was applied and that this node leads; 0 = none
@@ -87,9 +85,7 @@ type group struct {
 	snapMu    sync.Mutex // a local snapshot and an install never overlap
 	snapBytes atomic.Int64
 
-	watch  watchers
-	pub    *peer.Publisher // used with mu held
-	recent recentIndex
+	pub *peer.Publisher // used with mu held
 	// mending: a damaged entry is being repaired.
 	mending single
 

@@ -310,11 +310,7 @@ func (h *Host) shardByID(s record.ShardID) *group {
 
 // groupOf returns the group that has the partition; nil if there is none.
 func (h *Host) groupOf(tp record.TopicPartition) *group {
-	t, ok := h.Cluster().TopicByID(tp.Topic)
-	if !ok || tp.Partition < 0 || int(tp.Partition) >= len(t.Partitions) {
-		return nil
-	}
-	return h.shardByID(t.Partitions[tp.Partition].Shard)
+	return h.shardByID(shardOf(h.Cluster(), tp))
 }
 
 // Partition returns a partition's state as applied here: ErrUnknownPartition, or ErrNotLeader while its leader is not known.
@@ -323,16 +319,11 @@ func (h *Host) Partition(tp record.TopicPartition) (state.PartitionInfo, error) 
 	if g == nil {
 		return state.PartitionInfo{}, ErrUnknownPartition
 	}
-	g.mu.RLock()
-	defer g.mu.RUnlock()
-	info, ok := g.shard.Partition(tp)
-	if !ok {
-		return info, ErrUnknownPartition
-	}
-	if g.leads.Load() == 0 {
+	info, err := g.partition(tp)
+	if err == nil && g.leads.Load() == 0 {
 		return info, ErrNotLeader
 	}
-	return info, nil
+	return info, err
 }
 
 // Leader returns the node that leads a shard; ok is false while none is known. A leader is known once its LeaderStart has been applied here and raft follows it.
@@ -371,9 +362,7 @@ func (h *Host) EpochEnd(tp record.TopicPartition, epoch record.LeaderEpoch) (rec
 	if g == nil {
 		return -1, -1, ErrUnknownPartition
 	}
-	g.mu.RLock()
-	defer g.mu.RUnlock()
-	e, end := g.shard.EpochEnd(tp, epoch)
+	e, end := g.epochEnd(tp, epoch)
 	return e, end, nil
 }
 

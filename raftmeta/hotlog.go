@@ -36,37 +36,53 @@ type hotRead struct {
 var hotReads = sync.Pool{New: func() any { return &hotRead{} }}
 
 // ReadHot implements tiering.HotLog.
-func (h *Host) ReadHot(_ context.Context, tp record.TopicPartition, from record.Offset, l tiering.Limits) (tiering.Result, error) {
+func (h *Host) ReadHot(ctx context.Context, tp record.TopicPartition, from record.Offset, l tiering.Limits) (tiering.Result, error) {
 	g := h.groupOf(tp)
 	if g == nil {
 		return tiering.Result{}, tiering.ErrUnknownPartition
 	}
+	return g.readHot(ctx, tp, from, l, g.openEntry, g.mend)
+}
+
+// opener gives the entry that a ref points to, open for reading; ErrGone if it is not to be had, as what was sealed need not be.
+type opener func(ctx context.Context, ref *state.HotRef, sealed bool) (raftlog.Entry, error)
+
+func (g *group) openEntry(_ context.Context, ref *state.HotRef, _ bool) (raftlog.Entry, error) {
+	return g.log.Entry(uint64(ref.Index), uint64(ref.Term))
+}
+
+// readHot reads batches from the entries that open gives; mend is told of one that is damaged.
+func (v *view) readHot(ctx context.Context, tp record.TopicPartition, from record.Offset, l tiering.Limits, open opener, mend func(record.TopicPartition, record.Offset)) (tiering.Result, error) {
 	r := hotReads.Get().(*hotRead)
 	res := tiering.Result{Next: from, Release: func() { r.put() }}
-	g.mu.RLock()
-	r.refs = g.shard.HotRefs(tp, from, readRefs, r.refs[:0])
-	epochs := g.shard.Epochs(tp)
-	hotFrom := g.shard.HotStart(tp)
-	g.mu.RUnlock()
-	if from < hotFrom {
-		if r.refs = g.recent.find(tp, from, readRefs, r.refs[:0]); len(r.refs) == 0 {
+	v.mu.RLock()
+	r.refs = v.shard.HotRefs(tp, from, readRefs, r.refs[:0])
+	epochs := v.shard.Epochs(tp)
+	hotFrom := v.shard.HotStart(tp)
+	v.mu.RUnlock()
+	sealed := from < hotFrom
+	if sealed {
+		if r.refs = v.recent.find(tp, from, readRefs, r.refs[:0]); len(r.refs) == 0 {
 			r.put()
 			return tiering.Result{}, tiering.ErrNotLocal
 		}
 	}
 	for i := range r.refs {
-		more, err := g.readRef(r, &r.refs[i], epochs, l, &res)
+		more, err := r.readRef(ctx, open, &r.refs[i], sealed, epochs, l, &res)
 		if err != nil {
 			if res.Bytes > 0 { // what was read is good; the next read meets the fault again
 				break
 			}
 			base := r.refs[i].Base
 			r.put()
+			if errors.Is(err, errFetching) {
+				return tiering.Result{Next: from}, nil
+			}
 			if errors.Is(err, raftlog.ErrGone) {
 				return tiering.Result{}, tiering.ErrNotLocal
 			}
 			if errors.Is(err, raftlog.ErrCorrupt) {
-				g.mend(tp, max(base, from))
+				mend(tp, max(base, from))
 			}
 			return tiering.Result{}, fmt.Errorf("%w: %w", tiering.ErrStorage, err)
 		}
@@ -90,8 +106,8 @@ func (r *hotRead) put() {
 }
 
 // readRef adds the batches of one ref; more is false when a limit was reached.
-func (g *group) readRef(r *hotRead, ref *state.HotRef, epochs []segment.EpochStart, l tiering.Limits, res *tiering.Result) (more bool, err error) {
-	e, err := g.log.Entry(uint64(ref.Index), uint64(ref.Term))
+func (r *hotRead) readRef(ctx context.Context, open opener, ref *state.HotRef, sealed bool, epochs []segment.EpochStart, l tiering.Limits, res *tiering.Result) (more bool, err error) {
+	e, err := open(ctx, ref, sealed)
 	if err != nil {
 		return false, err
 	}

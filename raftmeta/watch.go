@@ -67,21 +67,30 @@ func (w *watchers) wake(tps []record.TopicPartition) {
 // Watch calls wake whenever the high watermark or log start of one of the partitions moves, at most once per entry, until stop is called. wake
 // must not block; it may be called once more while stop runs. Partitions that do not exist are ignored.
 func (h *Host) Watch(tps []record.TopicPartition, wake func()) (stop func()) {
+	return watch(tps, wake, func(tp record.TopicPartition) *view {
+		if g := h.groupOf(tp); g != nil {
+			return &g.view
+		}
+		return nil
+	})
+}
+
+func watch(tps []record.TopicPartition, wake func(), at func(record.TopicPartition) *view) (stop func()) {
 	x := &watcher{wake: wake}
 	type place struct {
-		g  *group
+		v  *view
 		tp record.TopicPartition
 	}
 	places := make([]place, 0, len(tps))
 	for _, tp := range tps {
-		if g := h.groupOf(tp); g != nil {
-			g.watch.add(tp, x)
-			places = append(places, place{g, tp})
+		if v := at(tp); v != nil {
+			v.watch.add(tp, x)
+			places = append(places, place{v, tp})
 		}
 	}
 	return func() {
 		for _, p := range places {
-			p.g.watch.remove(p.tp, x)
+			p.v.watch.remove(p.tp, x)
 		}
 	}
 }
