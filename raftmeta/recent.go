@@ -67,6 +67,13 @@ func (r *recentIndex) add(refs []state.DroppedRef, freed uint64) {
 	}
 }
 
+// clear forgets everything.
+func (r *recentIndex) clear() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.m, r.order = nil, nil
+}
+
 // find returns up to max refs from the one that holds `from` on.
 func (r *recentIndex) find(tp record.TopicPartition, from record.Offset, max int, out []state.HotRef) []state.HotRef {
 	r.mu.RLock()

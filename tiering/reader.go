@@ -26,7 +26,7 @@ const (
 type Reader struct {
 	cfg    Config
 	hot    HotLog
-	cat    Catalog
+	cat    View
 	bucket objstore.Bucket
 	m      *metrics
 	cache  *cache
@@ -46,7 +46,17 @@ type stream struct {
 
 // NewReader returns a Reader; t gives settings and metrics.
 func NewReader(t *Tiering, hot HotLog) *Reader {
-	return &Reader{cfg: t.cfg, hot: hot, cat: t.cat, bucket: t.bucket, m: t.m, cache: newCache(t.cfg.CacheBytes, t.m), gets: make(chan struct{}, t.cfg.ColdReads),
+	return newReader(t.cfg, t.cat, hot, t.bucket, t.m)
+}
+
+// NewReadOnly returns the Reader of a node that changes nothing: it gets objects from the bucket, and does nothing else with it.
+func NewReadOnly(cfg Config, view View, hot HotLog, bucket objstore.Bucket) *Reader {
+	cfg.defaults()
+	return newReader(cfg, view, hot, bucket, newMetrics(cfg.Registerer))
+}
+
+func newReader(cfg Config, view View, hot HotLog, bucket objstore.Bucket, m *metrics) *Reader {
+	return &Reader{cfg: cfg, hot: hot, cat: view, bucket: bucket, m: m, cache: newCache(cfg.CacheBytes, m), gets: make(chan struct{}, cfg.ColdReads),
 		streams: map[record.TopicPartition]*list.Element{}, recent: list.New()}
 }
 

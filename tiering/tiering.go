@@ -120,17 +120,24 @@ const (
 	Trimmed
 )
 
-// Catalog is the replicated state that sealing and retention read and change. Changes return when they are committed. Safe for concurrent use.
-type Catalog interface {
+// View is the replicated state that reading looks at. Safe for concurrent use.
+type View interface {
 	Bounds(tp record.TopicPartition) (Bounds, bool)
 	// ShardOf is the shard that a partition lives in.
 	ShardOf(tp record.TopicPartition) (record.ShardID, bool)
 	// Runs returns up to max runs from the one that holds `from`, or the first behind it.
 	Runs(tp record.TopicPartition, from record.Offset, max int) []RunRef
-	// Clock is the time that the shard goes by; trusted is false while nothing may expire by it.
-	Clock(s record.ShardID) (now record.Timestamp, trusted bool)
 	// HotRange is what a partition has that is not sealed; ok is false if it has nothing.
 	HotRange(tp record.TopicPartition) (r HotRange, ok bool)
+	// Batches lists the batches of a range from its Start on: whole batches up to about maxBytes, at least one.
+	Batches(ctx context.Context, s record.ShardID, r HotRange, maxBytes int64) ([]HotBatch, error)
+}
+
+// Catalog is the replicated state that sealing and retention read and change. Changes return when they are committed. Safe for concurrent use.
+type Catalog interface {
+	View
+	// Clock is the time that the shard goes by; trusted is false while nothing may expire by it.
+	Clock(s record.ShardID) (now record.Timestamp, trusted bool)
 	// Pinned is how much log the shard's hot batches keep from being freed, as written.
 	Pinned(s record.ShardID) int64
 	// HotBytes is how much a shard has that is not sealed.
@@ -139,8 +146,6 @@ type Catalog interface {
 	WaitHot(ctx context.Context, s record.ShardID, bytes int64, until time.Time) error
 	// BeginRound takes a snapshot and then lists what is hot, by topic ID and partition.
 	BeginRound(ctx context.Context, s record.ShardID) ([]HotRange, error)
-	// Batches lists the batches of a range from its Start on: whole batches up to about maxBytes, at least one.
-	Batches(ctx context.Context, s record.ShardID, r HotRange, maxBytes int64) ([]HotBatch, error)
 	Payload(s record.ShardID) PayloadSource
 	// Prepare is idempotent per UUID; Commit per object number.
 	Prepare(ctx context.Context, s record.ShardID, p segment.Plan, ttl time.Duration) (segment.Object, error)
