@@ -298,26 +298,26 @@ func (r *request) readPart(ctx context.Context, most int, p *fetchPart, bytes *i
 	if p.code = checkEpoch(p.epoch, info.LeaderEpoch); p.code != codeNone {
 		return
 	}
-	if p.lastEpoch >= 0 {
-		last := min(record.LeaderEpoch(p.lastEpoch), info.LeaderEpoch) // one that has not been here diverges at the end of what has
-		if e, end, err := r.s.b.EpochEnd(tp, last); err == nil && end >= 0 && (int32(e) < p.lastEpoch || end < p.offset) {
-			p.diverging = &divergence{e, end}
+	if r.diverges(p, tp, &info) != nil { // never a guess either: the end of what is applied here is not the end of an epoch
+		if info, p.code = r.proven(tp, t.Partitions[p.partition].Shard); p.code != codeNone {
 			return
 		}
+		if p.diverging = r.diverges(p, tp, &info); p.diverging != nil {
+			return
+		}
+		p.high, p.logStart, p.sealedEnd = info.HighWatermark, info.LogStart, info.SealedEnd
 	}
 	if planted.On(planted.GuessedOutOfRange) && p.offset > info.HighWatermark {
 		p.code = codeOffsetOutOfRange
 		return
 	}
 	if p.offset > info.HighWatermark { // never a guess: what was acknowledged before this request must be applied here first
-		pctx, cancel := r.timeout(time.Second)
-		err := r.s.b.Prove(pctx, t.Partitions[p.partition].Shard)
-		cancel()
-		if err != nil {
-			p.code = codeOffsetNotAvailable
+		var code int16
+		if info, code = r.proven(tp, t.Partitions[p.partition].Shard); code == codeOffsetNotAvailable {
+			p.code = code
 			return
 		}
-		if info, err = r.s.b.Partition(tp); err != nil || p.offset > info.HighWatermark {
+		if code != codeNone || p.offset > info.HighWatermark {
 			p.code = codeOffsetOutOfRange
 			return
 		}
@@ -331,6 +331,30 @@ func (r *request) readPart(ctx context.Context, most int, p *fetchPart, bytes *i
 		p.res = res
 		*bytes += res.Bytes
 	}
+}
+
+// proven returns a partition's state as it is once all is applied here that was acknowledged before the call.
+func (r *request) proven(tp record.TopicPartition, s record.ShardID) (state.PartitionInfo, int16) {
+	ctx, cancel := r.timeout(time.Second)
+	err := r.s.b.Prove(ctx, s)
+	cancel()
+	if err != nil {
+		return state.PartitionInfo{}, codeOffsetNotAvailable
+	}
+	info, err := r.s.b.Partition(tp)
+	return info, codeOf(err)
+}
+
+// diverges compares what a client last fetched with what is applied here; nil if it is of this history.
+func (r *request) diverges(p *fetchPart, tp record.TopicPartition, info *state.PartitionInfo) *divergence {
+	if p.lastEpoch < 0 {
+		return nil
+	}
+	last := min(record.LeaderEpoch(p.lastEpoch), info.LeaderEpoch) // one that has not been here diverges at the end of what has
+	if e, end, err := r.s.b.EpochEnd(tp, last); err == nil && end >= 0 && (int32(e) < p.lastEpoch || end < p.offset) {
+		return &divergence{e, end}
+	}
+	return nil
 }
 
 // topicOf finds a partition's topic, by ID or by name, and completes the other of the two.

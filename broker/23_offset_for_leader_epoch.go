@@ -41,7 +41,14 @@ func handleOffsetForLeaderEpoch(r *request) error {
 				}
 				if p.code == codeNone {
 					e, end, err := r.s.b.EpochEnd(tp, record.LeaderEpoch(p.epoch))
-					p.code, p.outEpoch, p.end = codeOf(err), int32(e), int64(end)
+					if err == nil && (end < 0 || end >= info.HighWatermark) { // it may not be all that the epoch has
+						if info, p.code = r.proven(tp, t.Partitions[p.p].Shard); p.code == codeNone {
+							e, end, err = r.s.b.EpochEnd(tp, record.LeaderEpoch(p.epoch))
+						}
+					}
+					if p.code == codeNone {
+						p.code, p.outEpoch, p.end = codeOf(err), int32(e), int64(end)
+					}
 				}
 			}
 			w.i16(p.code)

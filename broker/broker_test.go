@@ -59,6 +59,11 @@ func (r hotReader) MaxTimestamp(context.Context, record.TopicPartition, record.O
 
 func start(t testing.TB, change func(*Config)) *whole {
 	t.Helper()
+	return startWith(t, change, func(*raftmeta.Config) {})
+}
+
+func startWith(t testing.TB, change func(*Config), host func(*raftmeta.Config)) *whole {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -67,9 +72,10 @@ func start(t testing.TB, change func(*Config)) *whole {
 	ready := make(chan struct{})
 	ctx, cancel := context.WithTimeout(context.Background(), waitMost)
 	defer cancel()
-	w.Host, err = raftmeta.Open(ctx, raftmeta.Config{NodeID: 1, DataDir: t.TempDir(), Host: "127.0.0.1", Port: int32(l.Addr().(*net.TCPAddr).Port), Shards: 2, HotMaxBytes: 1 << 30,
-		FileBytes: 1 << 20, OnLead: func(ctx context.Context, s record.ShardID) { <-ready; w.s.Lead(ctx, uint32(s)) }, OnFatal: func(err error) { t.Errorf("fatal: %v", err) }})
-	if err != nil {
+	hc := raftmeta.Config{NodeID: 1, DataDir: t.TempDir(), Host: "127.0.0.1", Port: int32(l.Addr().(*net.TCPAddr).Port), Shards: 2, HotMaxBytes: 1 << 30,
+		FileBytes: 1 << 20, OnLead: func(ctx context.Context, s record.ShardID) { <-ready; w.s.Lead(ctx, uint32(s)) }, OnFatal: func(err error) { t.Errorf("fatal: %v", err) }}
+	host(&hc)
+	if w.Host, err = raftmeta.Open(ctx, hc); err != nil {
 		t.Fatal(err)
 	}
 	cfg := DefaultConfig()

@@ -312,6 +312,100 @@ func TestItem48And49Epochs(t *testing.T) {
 	}
 }
 
+// lagging is a backend that has not applied the last record until it has proven itself.
+type lagging struct {
+	*raftmeta.Host
+	proofs atomic.Int32
+	refuse atomic.Bool
+}
+
+func (b *lagging) Prove(ctx context.Context, s record.ShardID) error {
+	if b.refuse.Load() {
+		return raftmeta.ErrNotLeader
+	}
+	b.proofs.Add(1)
+	return b.Host.Prove(ctx, s)
+}
+
+func (b *lagging) late() record.Offset {
+	if b.proofs.Load() == 0 {
+		return 1
+	}
+	return 0
+}
+
+func (b *lagging) Partition(tp record.TopicPartition) (state.PartitionInfo, error) {
+	i, err := b.Host.Partition(tp)
+	i.HighWatermark -= b.late()
+	i.LastStableOffset = i.HighWatermark
+	return i, err
+}
+
+func (b *lagging) EpochEnd(tp record.TopicPartition, e record.LeaderEpoch) (record.LeaderEpoch, record.Offset, error) {
+	e, end, err := b.Host.EpochEnd(tp, e)
+	return e, end - b.late(), err
+}
+
+// A node that is behind tells no client that it diverges, nor where an epoch ended, before it has all that was acknowledged; one that cannot know says so.
+func TestDivergenceIsNeverAGuess(t *testing.T) {
+	w := start(t, nil)
+	topic := w.topic(t, "t", 1, nil)
+	w.dial(t).ask(produceReq("t", -1, batchBytes(t, record.CodecNone, "a")), 9)
+	w.dial(t).ask(produceReq("t", -1, batchBytes(t, record.CodecNone, "b")), 9)
+	info, err := w.Partition(record.TopicPartition{Topic: topic.ID})
+	if err != nil || info.HighWatermark != 2 {
+		t.Fatal(info.HighWatermark, err)
+	}
+	b := &lagging{Host: w.Host}
+	c := serveAlso(t, b, hotReader{w.Host})
+	fetch := func() kmsg.FetchResponseTopicPartition {
+		r := fetchReq("t", 2)
+		r.Topics[0].Partitions[0].LastFetchedEpoch = int32(info.LeaderEpoch)
+		return c.ask(r, 12).(*kmsg.FetchResponse).Topics[0].Partitions[0]
+	}
+	end := func() kmsg.OffsetForLeaderEpochResponseTopicPartition {
+		r := kmsg.NewPtrOffsetForLeaderEpochRequest()
+		x := kmsg.NewOffsetForLeaderEpochRequestTopic()
+		x.Topic = "t"
+		p := kmsg.NewOffsetForLeaderEpochRequestTopicPartition()
+		p.CurrentLeaderEpoch, p.LeaderEpoch = -1, int32(info.LeaderEpoch)
+		x.Partitions = append(x.Partitions, p)
+		r.Topics = append(r.Topics, x)
+		return c.ask(r, 4).(*kmsg.OffsetForLeaderEpochResponse).Topics[0].Partitions[0]
+	}
+	b.refuse.Store(true)
+	if p := fetch(); p.ErrorCode != codeOffsetNotAvailable || p.DivergingEpoch.EndOffset >= 0 {
+		t.Errorf("a fetch that cannot be judged: %+v", p)
+	}
+	if p := end(); p.ErrorCode != codeOffsetNotAvailable || p.EndOffset >= 0 {
+		t.Errorf("the end of an epoch that is not known: %+v", p)
+	}
+	b.refuse.Store(false)
+	if p := fetch(); p.ErrorCode != 0 || p.DivergingEpoch.EndOffset >= 0 || p.HighWatermark != 2 {
+		t.Errorf("a fetch behind the last record: %+v", p)
+	}
+	b.proofs.Store(0)
+	if p := end(); p.ErrorCode != 0 || p.EndOffset != 2 {
+		t.Errorf("the end of the epoch: %+v", p)
+	}
+}
+
+// serveAlso serves another backend, and dials it.
+func serveAlso(t *testing.T, b Backend, read Reader) *raw {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := DefaultConfig()
+	cfg.Registerer = prometheus.NewRegistry()
+	s := NewServer(cfg, b, read)
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(l) }()
+	t.Cleanup(func() { _ = s.Close(); <-served })
+	return (&whole{addr: l.Addr().String()}).dial(t)
+}
+
 // Item 50: answers that are not read take at most the budget, each at most its share, and what a connection held is free when it ends.
 func TestItem50AnswersAreBounded(t *testing.T) {
 	const budget = 8 << 20

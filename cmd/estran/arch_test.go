@@ -60,6 +60,7 @@ var testsMay = map[string][]string{
 	"localstack":       {"objstore/s3", "objstore/minio", "objstore/open", "objstore/objtest", "localstack/logs"},
 	"tiering":          {"objstore/mem", "objstore/fs"},
 	"raftmeta":         {"objstore/mem", "localstack"},
+	"broker":           {"objstore/mem"},
 	"raftmeta/sim":     {"objstore", "objstore/mem", "raftmeta", "raftmeta/raftlog", "raftmeta/state", "tiering", "tiering/record", "localstack/check", "broker"},
 }
 
