@@ -321,6 +321,76 @@ func (g gated) Read(b []byte) (int, error) {
 	return n, err
 }
 
+// The voter that a follower follows is away for longer than the others keep their log, and comes back with a snapshot: the follower, which reaches no other, is never sent back, and has in the
+// end what all have.
+func TestFollowedVoterGetsASnapshot(t *testing.T) {
+	c := newTrio(t, 3)
+	c.start(0, 1, 2)
+	topic := newTopic(t, c.hosts[0], "t", 1)
+	tp, shard := record.TopicPartition{Topic: topic.ID}, topic.Partitions[0].Shard
+	var want []string
+	write := func(n int) {
+		for range n {
+			v := fmt.Sprint(len(want), strings.Repeat("v", 100_000))
+			c.append(tp, batchOf(t, 7, record.Sequence(len(want)), v))
+			want = append(want, v)
+		}
+	}
+	write(5)
+	var only atomic.Pointer[string]
+	f := c.follow(func(cfg *FollowerConfig) {
+		cfg.Dial = func(ctx context.Context, addr string) (net.Conn, error) {
+			conn, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
+			return gated{conn, addr, &only}, err
+		}
+	})
+	m := f.shardByID(shard)
+	high := atomic.Int64{} // what was visible must stay
+	stop := f.Watch([]record.TopicPartition{tp}, func() {
+		info, err := m.partition(tp)
+		if before := high.Swap(int64(info.HighWatermark)); err != nil || before > int64(info.HighWatermark) {
+			t.Errorf("%v, and from %d back to %d", err, before, info.HighWatermark)
+		}
+	})
+	defer stop()
+	only.Store(&c.voters[2].Addr)
+	c.stop(2)
+	write(30)
+	until(t, "the records to be deleted", func() bool { // what is hot cannot be freed
+		return slices.ContainsFunc(c.alive(), func(h *Host) bool {
+			_, err := h.DeleteRecords(t.Context(), tp, 35)
+			return err == nil
+		})
+	})
+	for _, h := range c.alive() {
+		g := h.shardByID(shard)
+		until(t, "the log to be freed", func() bool {
+			snapshotNow(t, g)
+			base, _ := g.log.Base()
+			return base > 15
+		})
+	}
+	for i := range 2 { // new instances, which have nothing on its way to the third
+		c.stop(i)
+	}
+	c.start(0, 1)
+	write(10)
+	c.start(2)
+	write(5)
+	until(t, "the late voter's follower to have all", func() bool {
+		info, err := m.partition(tp)
+		return err == nil && int(info.HighWatermark) == len(want) && info.LogStart == 35
+	})
+	if base, _ := c.hosts[2].shardByID(shard).log.Base(); base <= 15 {
+		t.Errorf("no snapshot was installed: its log begins behind %d", base)
+	}
+	only.Store(nil)
+	c.same(f)
+	if got := valuesAt(t, f, tp, 35); !slices.Equal(got, want[35:]) {
+		t.Errorf("%d records, want %d", len(got), len(want)-35)
+	}
+}
+
 // A second level follows the first: the same states and records, and nothing more at the voters.
 func TestSecondLevel(t *testing.T) {
 	c := newTrio(t, 1)
