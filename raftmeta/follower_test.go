@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -523,4 +524,47 @@ func frozenOf(m *mirror) io.WriterTo {
 	defer m.mu.Unlock()
 	f := m.shard.Freeze()
 	return &f
+}
+
+// A follower that is given damaged bytes by a voter's disk serves none of them: it gets them from another, and nothing if nobody has them whole.
+func TestFollowerServesNoDamage(t *testing.T) {
+	c := newTrio(t, 3)
+	c.start(0, 1, 2)
+	topic := newTopic(t, c.hosts[0], "t", 1)
+	tp, shard := record.TopicPartition{Topic: topic.ID}, topic.Partitions[0].Shard
+	var want []string
+	for i := range 4 { // together more than the tail in memory
+		want = append(want, "to be damaged "+strings.Repeat(string(rune('a'+i)), 700<<10))
+		c.append(tp, batchOf(t, 7, record.Sequence(i), want[i]))
+	}
+	for _, h := range c.alive() {
+		until(t, "every voter to have all", func() bool { i, _ := h.Partition(tp); return i.HighWatermark == 4 })
+	}
+	harm := func(node int) {
+		damage(t, filepath.Join(c.dirs[node], fmt.Sprintf("shard-%d", shard)), []byte(want[0][:40])) // the first record, of which nobody has a copy in memory
+	}
+	lead := c.leads(shard)
+	harm(lead)
+	f := c.follow(func(cfg *FollowerConfig) { cfg.Payload = false })
+	if got := valuesAt(t, f, tp, 0); !slices.Equal(got, want) {
+		t.Errorf("%d records are not those that were written", len(got))
+	}
+	for i := range c.hosts {
+		if i != lead {
+			harm(i)
+		}
+	}
+	late := c.follow(func(cfg *FollowerConfig) { cfg.NodeID, cfg.Payload = 1001, false })
+	ctx, cancel := context.WithTimeout(t.Context(), waitMost)
+	defer cancel()
+	m := late.mirrorOf(tp)
+	m.mu.RLock()
+	ref := m.shard.HotRefs(tp, 0, 1, nil)[0]
+	m.mu.RUnlock()
+	if err := m.fetchEntry(ctx, uint64(ref.Index), uint64(ref.Term)); !errors.Is(err, errDamaged) {
+		t.Errorf("an entry that nobody has whole: %v", err)
+	}
+	if res, err := late.ReadHot(ctx, tp, 0, tiering.Limits{MaxBytes: 1, AtLeastOne: true, UpTo: 4}); err != nil || res.Bytes > 0 {
+		t.Errorf("%d bytes of it, %v", res.Bytes, err)
+	}
 }
