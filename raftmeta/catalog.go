@@ -147,7 +147,7 @@ func (h *Host) Batches(ctx context.Context, s record.ShardID, r tiering.HotRange
 	if g == nil {
 		return nil, ErrNotLeader
 	}
-	return g.batches(ctx, r, maxBytes, g.openEntry)
+	return g.batches(ctx, r, maxBytes, g.opens)
 }
 
 // batches lists the batches of a range; open gives their entries.

@@ -86,6 +86,9 @@ type group struct {
 	snapBytes atomic.Int64
 
 	pub *peer.Publisher // used with mu held
+	// openEntry and mend as values: to make one for each read is an allocation.
+	opens opener
+	mends func(record.TopicPartition, record.Offset)
 	// mending: a damaged entry is being repaired.
 	mending single
 
@@ -102,6 +105,7 @@ func openGroup(h *Host, id record.ShardID, dir string) (*group, error) {
 	g.batcher = newBatcher(g)
 	g.watch.init()
 	g.pub = peer.NewPublisher(uint32(id))
+	g.opens, g.mends = g.openEntry, g.mend
 	if id == 0 {
 		g.meta = state.NewMeta()
 		g.machine = &metaMachine{g}

@@ -41,7 +41,7 @@ func (h *Host) ReadHot(ctx context.Context, tp record.TopicPartition, from recor
 	if g == nil {
 		return tiering.Result{}, tiering.ErrUnknownPartition
 	}
-	return g.readHot(ctx, tp, from, l, g.openEntry, g.mend)
+	return g.readHot(ctx, tp, from, l, g.opens, g.mends)
 }
 
 // opener gives the entry that a ref points to, open for reading; ErrGone if it is not to be had, as what was sealed need not be.

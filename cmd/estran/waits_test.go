@@ -22,6 +22,10 @@ var mayPoll = map[string]string{
 	"raftmeta.keepVoters":      "its own task",
 	"raftmeta.balance":         "its own task",
 	"raftmeta.watchMembership": "its own task",
+	"raftmeta.run":             "its own task: a follower finds somebody to follow",
+	"raftmeta.keepFresh":       "its own task",
+	"raftmeta.rediscover":      "its own task",
+	"raftmeta.open":            "a follower starts",
 	"raftmeta/raftlog.pause":   "the disk is full",
 	"raftmeta/raftlog.watch":   "its own task",
 }
