@@ -40,7 +40,7 @@ type forwardedResult struct {
 	// Index is at or above the index of the command's entry.
 	Index uint64 `json:"index,omitempty"`
 	First int64  `json:"first,omitempty"` // of producer IDs
-	// Members are the server IDs of the members, as of meta's entry Index.
+	// Members are the server IDs of the members, as of meta's entry Index. One that has not registered has an ID without an incarnation.
 	Members []string `json:"members,omitempty"`
 	Why     string   `json:"why,omitempty"` // of a Code
 	Payload []byte   `json:"payload,omitempty"`
@@ -325,10 +325,20 @@ func (g *group) resultOf(d decision) forwardedResult {
 func (h *Host) memberServers() forwardedResult {
 	c := h.Cluster()
 	out := forwardedResult{Index: c.Version}
-	for _, n := range c.Nodes() {
+	for _, id := range c.Members() {
+		n, ok := c.Node(id)
+		if !ok {
+			n.ID = id
+		}
 		out.Members = append(out.Members, string(serverOf(n)))
 	}
 	return out
+}
+
+// removes reports whether a server does not belong to the members any more, by an answer of memberServers: another has its place, or none.
+func (r *forwardedResult) removes(server string) bool {
+	founder := string(serverOf(state.Node{ID: nodeOf(server)})) // it may be waiting for a leader to register
+	return len(r.Members) > 0 && !slices.Contains(r.Members, server) && !slices.Contains(r.Members, founder)
 }
 
 // refuseTime bounds how long a node that may be there is waited for.

@@ -312,10 +312,7 @@ func (h *Host) gone(ctx context.Context) bool {
 		b, err := h.peers.Forward(ask, string(s.ID), 0, msg)
 		cancel()
 		var r forwardedResult
-		if err != nil || json.Unmarshal(b, &r) != nil || r.Index < c.Version || len(r.Members) == 0 {
-			continue
-		}
-		if !slices.Contains(r.Members, h.identity.serverID()) {
+		if err == nil && json.Unmarshal(b, &r) == nil && r.Index >= c.Version && r.removes(h.identity.serverID()) {
 			return true
 		}
 	}

@@ -354,3 +354,28 @@ func TestPatience(t *testing.T) {
 		t.Errorf("after a quiet time %v", w)
 	}
 }
+
+// A founder that has not registered yet has not been removed; who is replaced, or in no list, has.
+func TestWhoIsRemoved(t *testing.T) {
+	m := state.NewMeta()
+	for i, c := range []state.Command{state.InitCluster{ClusterID: "c", Shards: 1, Members: []int32{1, 2}, Level: state.LevelFirst},
+		state.RegisterNode{Node: state.Node{ID: 1, Incarnation: "aa", Level: state.LevelNewest}}, state.RegisterNode{Node: state.Node{ID: 3, Incarnation: "cc", Level: state.LevelNewest}}} {
+		var e state.Entry
+		if _, err := e.Add(c); err != nil {
+			t.Fatal(err)
+		}
+		data, _ := e.Cut(1, nil, record.Timestamp(1000+i), nil)
+		m.Apply(state.RaftIndex(i+1), 1, data)
+	}
+	var h Host
+	h.cluster.Store(m.View())
+	r := h.memberServers()
+	for server, removed := range map[string]bool{"1.aa": false, "1.ab": true, "2.bb": false, "3.cc": true, "4.dd": true} {
+		if r.removes(server) != removed {
+			t.Errorf("%s of members %v: removed %v", server, r.Members, !removed)
+		}
+	}
+	if (&forwardedResult{}).removes("1.aa") {
+		t.Error("a node that knows of no members is believed")
+	}
+}
