@@ -119,7 +119,7 @@ func (c *Cluster) describe(ports []int) error {
 		}
 		n := NewNode(c.program, data, append([]string{"ESTRAN_STORAGE_URL=" + storage, "ESTRAN_QUORUM_VOTERS=" + strings.Join(voters, ","),
 			fmt.Sprint("ESTRAN_NODE_ID=", i+1)}, env...))
-		n.Peer, n.Kafka, n.http, n.attr = address(3*i), address(3*i+1), address(3*i+2), leash()
+		n.Peer, n.Kafka, n.http, n.attr = address(3*i), address(3*i+1), address(3*i+2), Leash()
 		n.Disk = disk
 		if c.Namespaces != nil {
 			n.enter = c.Namespaces.enter(i + 1)

@@ -24,6 +24,8 @@ import (
 // path-style PUT, GET, HEAD, DELETE, multi-object delete, ListObjectsV2, create-only writes and CRC32C.
 type Double struct {
 	Endpoint string
+	// Delay says how long a request waits, once it has been read, until it is answered; nil = not at all. It is set before the first request.
+	Delay func(op string) time.Duration
 
 	srv   *http.Server
 	wg    sync.WaitGroup // the listener and every connection
@@ -179,6 +181,12 @@ func (d *Double) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		fail(w, http.StatusBadRequest, "IncompleteBody", err.Error())
 		return
+	}
+	if d.Delay != nil {
+		select {
+		case <-time.After(d.Delay(op)):
+		case <-r.Context().Done():
+		}
 	}
 	if s.Silent {
 		<-r.Context().Done()

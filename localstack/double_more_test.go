@@ -9,6 +9,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/estran/estran/objstore"
 )
@@ -310,5 +311,31 @@ func TestDoubleResetForEver(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// A request is not answered before its delay is over.
+func TestDoubleDelay(t *testing.T) {
+	d, b := double(t, sdks[0])
+	asked, over := make(chan string), make(chan struct{})
+	d.Delay = func(op string) time.Duration {
+		asked <- op
+		<-over
+		return 0
+	}
+	answered := make(chan error, 1)
+	go func() {
+		_, err := b.Put(t.Context(), "k.x", objstore.Bytes([]byte("x")), objstore.PutOptions{WriterID: "w"})
+		answered <- err
+	}()
+	if op := <-asked; op != "put" {
+		t.Errorf("%s is delayed, not put", op)
+	}
+	if _, ok := d.Object("k.x"); ok || len(answered) > 0 {
+		t.Error("what is delayed was done")
+	}
+	close(over)
+	if err := <-answered; err != nil {
+		t.Error(err)
 	}
 }

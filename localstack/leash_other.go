@@ -4,7 +4,7 @@ package localstack
 
 import "syscall"
 
-// leash: a terminal's signals do not reach the process. That it ends with this one is Close's work alone here: the kernel does not see to it.
-func leash() *syscall.SysProcAttr {
+// Leash are attributes of a process that this one starts: a terminal's signals do not reach it. That it ends with this one is Close's work alone here: the kernel does not see to it.
+func Leash() *syscall.SysProcAttr {
 	return &syscall.SysProcAttr{Setpgid: true}
 }

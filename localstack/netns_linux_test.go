@@ -28,7 +28,7 @@ func inIsolation(t *testing.T) bool {
 		t.Skip(err)
 	}
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=10m")
-	cmd.Env, cmd.SysProcAttr = append(os.Environ(), isolated), leash()
+	cmd.Env, cmd.SysProcAttr = append(os.Environ(), isolated), Leash()
 	cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWNET
 	out, err := cmd.CombinedOutput()
 	switch {
