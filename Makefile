@@ -16,7 +16,7 @@ HOURS    ?=
 SOAK_FLAGS ?=
 SOAK_MINUTES ?= $(shell echo $$(($(or $(HOURS),2) * 60)))
 
-.PHONY: build test short lint cross race fuzz bench bench-go bench-kafka bench-wal golden localstack-bin compose-test clients-test image faults planted sim soak clean
+.PHONY: build test short lint cross race fuzz bench bench-go bench-compare bench-wal golden localstack-bin compose-test clients-test image faults planted sim soak clean
 
 build: ## one static binary, ./estran
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o estran ./cmd/estran
@@ -51,13 +51,13 @@ fuzz: ## every fuzz target for FUZZTIME, which may be a number of executions: 10
 	    (cd $$d && $$bin -test.run '^$$' -test.fuzz "^$$f\$$" -test.fuzztime $(FUZZTIME) -test.fuzzminimizetime 100x \
 	      -test.fuzzcachedir $$($(GO) env GOCACHE)/fuzz/$$($(GO) list .)); done; done
 
-bench: bench-go bench-kafka ## Go benchmarks, then Estran beside Apache Kafka
+bench: bench-go bench-compare ## Go benchmarks, then Estran beside Apache Kafka
 
 bench-go:
 	$(GO) test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) $(PKGS)
 
-bench-kafka: build ## produce, consume, start-up and memory beside Apache Kafka, one run (needs Java 17 and Maven)
-	bash bench/run
+bench-compare: build ## Estran beside Apache Kafka (needs Java 17 and Maven), into docs/BENCHMARKS.md; BENCH are its flags, BENCH=--help explains them
+	$(GO) run ./bench $(BENCH)
 
 bench-wal: ## StoreLogs beside hashicorp/raft-wal, a module of its own; TMPDIR says which disk
 	cd bench/wal && $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) .
