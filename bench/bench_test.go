@@ -127,7 +127,7 @@ func TestSamples(t *testing.T) {
 func TestCheck(t *testing.T) {
 	p := newPool(64, 256)
 	rec := func(offset int64, who int, number int64) *kgo.Record {
-		return &kgo.Record{Offset: offset, Key: binary.BigEndian.AppendUint64(nil, id(who, number)), Value: p.values[number%poolSize]}
+		return &kgo.Record{Offset: offset, Key: binary.BigEndian.AppendUint64(nil, id(who, number)), Value: p.values[p.at(number)]}
 	}
 	changed := rec(11, 0, 2)
 	changed.Value = slices.Clone(changed.Value)
@@ -242,6 +242,35 @@ func TestReport(t *testing.T) {
 	}
 	if got != string(want) {
 		t.Error(cmp.Diff(string(want), got))
+	}
+}
+
+func TestCurves(t *testing.T) {
+	o, err := parseOptions(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines, err := parseLines("work=consume-1 system=estran nodes=1 MB/s=100\nwork=consume-1 system=estran nodes=1 MB/s=300\nwork=consume-12 system=estran nodes=1 MB/s=50\n" +
+		"work=consume-1 system=kafka nodes=1 MB/s=150\nwork=consume-1 system=estran nodes=3 MB/s=1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := works(o)
+	if got, want := curves(all), []string{"producers", "consumers", "record bytes", "partitions"}; !slices.Equal(got, want) {
+		t.Errorf("curves against %q, not %q", got, want)
+	}
+	svg := drawCurve(all, lines, "consumers", 1)
+	for _, want := range []string{ // the highest is on top, a quarter of it at a quarter of the height; Kafka has one point
+		`<polyline points="45.0,45.0 295.0,195.0"`, `<polyline points="45.0,95.0"`, `>200</text>`, `>12</text>`} {
+		if !strings.Contains(svg, want) {
+			t.Errorf("%s is not in\n%s", want, svg)
+		}
+	}
+	if strings.Contains(svg, kafkaFsync) {
+		t.Error("a system without a point is in the curve")
+	}
+	if svg := drawCurve(all, lines, "consumers", 3); svg != "" {
+		t.Errorf("one point is a curve:\n%s", svg)
 	}
 }
 

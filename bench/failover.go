@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -75,7 +74,8 @@ func failoverRun(ctx context.Context, r *run) error {
 		wg.Go(func() {
 			for load.Err() == nil && number.Load() < j.total-int64(j.partitions) {
 				i := number.Add(1)
-				rec := &kgo.Record{Partition: int32(p), Key: binary.BigEndian.AppendUint64(nil, id(p, i)), Value: j.pool.values[i%poolSize]}
+				rec := j.record(p, i)
+				rec.Partition = int32(p)
 				if cl.ProduceSync(ctx, rec).FirstErr() != nil {
 					unknown.Add(1)
 					continue

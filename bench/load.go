@@ -29,6 +29,7 @@ type load struct {
 	one        bool   // a producer has one record under way
 	tails      int    // consumers that each follow everything while it is produced
 	sealed     bool   // what is read has been sealed
+	cold       bool   // and the nodes have been started again since, so that they do not know it as their latest
 	spread     bool   // each record goes to the next partition
 }
 
@@ -46,22 +47,23 @@ type job struct {
 	wire   wire
 }
 
-// pool are the values of records, random: a repeated one would measure somebody's compression. Record i has value i modulo their number.
+// pool are the values of records, random: a repeated one would measure somebody's compression. Record i has the value that is at(i).
 type pool struct {
 	values [][]byte
 	sums   []uint32
 }
 
 const (
-	poolSize = 4096
-	keySize  = 8
+	poolSize  = 4096
+	poolBytes = 64 << 20 // fewer values if they are large
+	keySize   = 8
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 func newPool(size, letters int) (p pool) {
 	rng := rand.New(rand.NewPCG(1, 2))
-	for range poolSize {
+	for range max(1, min(poolSize, poolBytes/size)) {
 		v := make([]byte, max(1, size-keySize))
 		for j := range v {
 			v[j] = byte(rng.IntN(letters))
@@ -70,6 +72,8 @@ func newPool(size, letters int) (p pool) {
 	}
 	return p
 }
+
+func (p pool) at(number int64) int64 { return number % int64(len(p.values)) }
 
 // A record's key is its producer and its number, which counts from 1 over all producers of a job.
 const numberBits = 40
@@ -102,7 +106,7 @@ func (j *job) producer() (*kgo.Client, error) {
 	if j.spread {
 		partitioner = kgo.RoundRobinPartitioner()
 	}
-	return j.client(kgo.DefaultProduceTopic(j.topic), kgo.ProducerLinger(j.linger), kgo.ProducerBatchCompression(codec), kgo.MaxBufferedRecords(20_000),
+	return j.client(kgo.DefaultProduceTopic(j.topic), kgo.ProducerLinger(j.linger), kgo.ProducerBatchCompression(codec), kgo.MaxBufferedRecords(20_000), kgo.MaxBufferedBytes(32<<20),
 		kgo.RecordPartitioner(partitioner))
 }
 
@@ -110,13 +114,17 @@ func (j *job) producer() (*kgo.Client, error) {
 // all that wait.
 type sent struct {
 	records int64
-	took    time.Duration
+	rate    float64 // MB/s
 	lat     []time.Duration
 }
 
-// due is when record i of an open loop is to be sent.
+// due is when record i of an open loop is to be sent. The first of each producer come before.
 func (j *job) due(i int64) time.Time {
-	return time.Unix(0, j.begin.Load()).Add(time.Duration(float64(i) * float64(j.size) / j.rate * 1000))
+	return time.Unix(0, j.begin.Load()).Add(time.Duration(float64(i-int64(j.producers)) * float64(j.size) / j.rate * 1000))
+}
+
+func (j *job) record(producer int, number int64) *kgo.Record {
+	return &kgo.Record{Key: binary.BigEndian.AppendUint64(nil, id(producer, number)), Value: j.pool.values[j.pool.at(number)]}
 }
 
 // every is which part of the latencies is kept.
@@ -127,16 +135,24 @@ func (j *job) every() int64 {
 	return max(1, min(16, j.total/100_000))
 }
 
-// produce sends with acks=all and idempotence. One record that is not acknowledged is an error.
+// produce sends with acks=all and idempotence. One record that is not acknowledged is an error. Each producer's first record is not measured: with it come connections, metadata and a
+// producer ID.
 func (j *job) produce(ctx context.Context) (s sent, err error) {
-	clients := make([]*kgo.Client, j.producers)
+	clients, errs := make([]*kgo.Client, j.producers), make([]error, j.producers)
+	var first sync.WaitGroup
 	for c := range clients {
 		if clients[c], err = j.producer(); err != nil {
 			return s, err
 		}
 		defer clients[c].Close()
+		first.Go(func() { errs[c] = clients[c].ProduceSync(ctx, j.record(c, int64(c+1))).FirstErr() })
+	}
+	first.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return s, err
 	}
 	var next, acked, failed atomic.Int64
+	next.Store(int64(j.producers))
 	every := j.every()
 	lat := make([][]time.Duration, j.producers)
 	begin := time.Now()
@@ -155,8 +171,7 @@ func (j *job) produce(ctx context.Context) (s sent, err error) {
 				if j.one {
 					done = make(chan struct{})
 				}
-				r := &kgo.Record{Key: binary.BigEndian.AppendUint64(nil, id(c, i)), Value: j.pool.values[i%poolSize]}
-				cl.Produce(ctx, r, func(_ *kgo.Record, err error) {
+				cl.Produce(ctx, j.record(c, i), func(_ *kgo.Record, err error) {
 					if done != nil {
 						defer close(done)
 					}
@@ -182,7 +197,7 @@ func (j *job) produce(ctx context.Context) (s sent, err error) {
 		})
 	}
 	wg.Wait()
-	s = sent{acked.Load(), time.Since(begin), slices.Concat(lat...)}
+	s = sent{acked.Load() + int64(j.producers), float64(acked.Load()*int64(j.size)) / 1e6 / time.Since(begin).Seconds(), slices.Concat(lat...)}
 	if n := failed.Load(); n > 0 {
 		return s, fmt.Errorf("%d records were not acknowledged: %w", n, context.Cause(ctx))
 	}
@@ -238,7 +253,7 @@ func (c *check) record(r *kgo.Record) {
 		c.fail("partition %d, offset %d: record %d is there twice", r.Partition, r.Offset, i)
 	case i <= p.last[who]:
 		c.fail("partition %d, offset %d: record %d of producer %d comes behind %d", r.Partition, r.Offset, i, who, p.last[who])
-	case i%c.every == 0 && crc32.Checksum(r.Value, castagnoli) != c.pool.sums[i%poolSize]:
+	case i%c.every == 0 && crc32.Checksum(r.Value, castagnoli) != c.pool.sums[c.pool.at(i)]:
 		c.fail("partition %d, offset %d: the value of record %d was changed", r.Partition, r.Offset, i)
 	}
 	p.last[who] = i
@@ -277,7 +292,9 @@ func (j *job) remove(ctx context.Context) error {
 		return err
 	}
 	defer cl.Close()
-	r, err := kadm.NewClient(cl).DeleteTopic(ctx, j.topic)
+	adm := kadm.NewClient(cl)
+	adm.SetTimeoutMillis(60_000)
+	r, err := adm.DeleteTopic(ctx, j.topic)
 	return errors.Join(err, r.Err)
 }
 
@@ -381,7 +398,7 @@ func (j *job) tail(ctx context.Context, cl *kgo.Client, c *check) (lat []time.Du
 			if len(r.Key) != keySize {
 				return
 			}
-			if i := int64(binary.BigEndian.Uint64(r.Key) & (1<<numberBits - 1)); i%every == 0 {
+			if i := int64(binary.BigEndian.Uint64(r.Key) & (1<<numberBits - 1)); i > int64(j.producers) && i%every == 0 {
 				lat = append(lat, now.Sub(j.due(i)))
 			}
 		})

@@ -71,7 +71,7 @@ func parseOptions(args []string) (o options, err error) {
 	fs.Func("systems", "estran,kafka,kafka-fsync (default all)", names(&o.systems))
 	fs.DurationVar(&o.limit, "limit", 15*time.Minute, "of a run; one that takes longer has failed (failover: no limit)")
 	fs.StringVar(&o.program, "program", "./estran", "the estran program")
-	fs.StringVar(&o.out, "out", "bench/out", "directory of data and raw lines, on the disk that is measured; everything in it is removed but raw.txt")
+	fs.StringVar(&o.out, "out", "bench/out", "directory of data and raw lines, on the disk that is measured, and of the logs of nodes in a run that failed")
 	fs.StringVar(&o.doc, "doc", "docs/BENCHMARKS.md", "the report; \"\" = none")
 	fs.BoolVar(&o.add, "add", false, "keep the lines of earlier runs in raw.txt and in the report")
 	fs.BoolVar(&o.render, "render", false, "only write the report anew from raw.txt")
@@ -354,7 +354,7 @@ func (b *comparison) one(ctx context.Context, r *run, nodes, round int) error {
 	}
 	if err != nil {
 		b.failed++
-		r.l.put("error", err.Error())
+		r.l.put("error", errors.Join(err, r.c.keepLogs(b.o.out)).Error())
 	}
 	return b.emit(*r.l)
 }

@@ -293,17 +293,16 @@ func (r *run) measure(ctx context.Context, prefix string, f func() (int64, error
 
 // waitSealed waits until everything is sealed.
 func (c *cluster) waitSealed(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
-	defer cancel()
-	for {
+	last := 0.0
+	err := until(ctx, "sealing", func() bool {
 		n, err := c.unsealed(ctx)
-		if err != nil || n == 0 {
-			return err
+		if err == nil { // a node may answer late
+			last = n
 		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("%.0f bytes were not sealed: %w", n, ctx.Err())
-		case <-time.After(200 * time.Millisecond):
-		}
+		return err == nil && n == 0
+	})
+	if err != nil {
+		return fmt.Errorf("%w: %.0f bytes of a shard are left", err, last)
 	}
+	return nil
 }

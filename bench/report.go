@@ -247,9 +247,9 @@ func (w work) table(lines []line, nodes int) string {
 	return fmt.Sprintf("\n### `%s`: %s\n\n%s\n%s\n%s", w.name, w.what, head, rule, b.String())
 }
 
-// report is the whole page.
-func report(o options, lines []line) string {
-	o.works, o.partitions = nil, slices.Clone(o.partitions)
+// matrix are the works that the page is about.
+func matrix(o options, lines []line) []work {
+	o.partitions = slices.Clone(o.partitions)
 	for _, l := range lines { // of earlier runs, with other options
 		if n, err := strconv.Atoi(strings.TrimPrefix(l.text("work"), "partitions-")); err == nil {
 			o.partitions = append(o.partitions, n)
@@ -257,7 +257,12 @@ func report(o options, lines []line) string {
 	}
 	slices.Sort(o.partitions)
 	o.partitions = slices.Compact(o.partitions)
-	all := works(o)
+	return works(o)
+}
+
+// report is the whole page.
+func report(o options, lines []line) string {
+	all := matrix(o, lines)
 	var b strings.Builder
 	b.WriteString(intro)
 	b.WriteString("\n## The machine\n")
@@ -288,6 +293,11 @@ func report(o options, lines []line) string {
 	lacks := map[string][]string{} // sizes, and why
 	for _, nodes := range []int{3, 1} {
 		fmt.Fprintf(&b, "\n## %s\n", map[int]string{3: "Three nodes", 1: "One node"}[nodes])
+		for _, name := range curves(all) {
+			if drawCurve(all, lines, name, nodes) != "" {
+				fmt.Fprintf(&b, "\n![against %s](%s)\n", name, curveFile(name, nodes))
+			}
+		}
 		for _, w := range all {
 			if w.nodes != 0 && w.nodes != nodes {
 				continue
@@ -317,8 +327,19 @@ func report(o options, lines []line) string {
 	return b.String()
 }
 
-// writeReport replaces the page.
+// writeReport replaces the page and its curves.
 func writeReport(path string, o options, lines []line) error {
+	all := matrix(o, lines)
+	for _, nodes := range []int{1, 3} {
+		for _, name := range curves(all) {
+			if svg := drawCurve(all, lines, name, nodes); svg != "" {
+				to := filepath.Join(filepath.Dir(path), curveFile(name, nodes))
+				if err := errors.Join(os.MkdirAll(filepath.Dir(to), 0o755), os.WriteFile(to, []byte(svg), 0o644)); err != nil {
+					return err
+				}
+			}
+		}
+	}
 	if err := os.WriteFile(path+".tmp", []byte(report(o, lines)), 0o644); err != nil {
 		return err
 	}

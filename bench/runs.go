@@ -30,13 +30,14 @@ type run struct {
 func (r *run) job(topic string, l load) *job {
 	l.partitions, l.size, l.producers, l.letters = cmp.Or(l.partitions, 12), cmp.Or(l.size, 1024), cmp.Or(l.producers, 1), cmp.Or(l.letters, 256)
 	j := &job{load: l, seeds: r.c.seeds(), topic: topic, rf: len(r.c.servers), pool: r.b.pool(l.size, l.letters)}
-	j.total = max(1, r.b.o.mb*1_000_000/int64(l.size))
+	j.total = r.b.o.mb * 1_000_000 / int64(l.size)
 	switch {
 	case l.rate > 0:
-		j.total = max(1, int64(l.rate*1e6*r.b.o.during.Seconds())/int64(l.size))
+		j.total = int64(l.rate*1e6*r.b.o.during.Seconds()) / int64(l.size)
 	case l.one || l.spread:
 		j.total, j.during = 1<<24, r.b.o.during
 	}
+	j.total = max(j.total, 2*int64(l.producers)) // each has one beside its first
 	return j
 }
 
@@ -46,7 +47,15 @@ func produceRun(ctx context.Context, r *run) error {
 	if err := j.create(ctx); err != nil {
 		return err
 	}
-	return errors.Join(r.produce(ctx, j, ""), j.remove(context.WithoutCancel(ctx)))
+	return errors.Join(r.produce(ctx, j, ""), r.end(ctx, j))
+}
+
+// end removes the topic of a run from a cluster that others use.
+func (r *run) end(ctx context.Context, j *job) error {
+	if r.w.own {
+		return nil
+	}
+	return j.remove(context.WithoutCancel(ctx))
 }
 
 // produce measures a job and checks it. The keys that it puts into the line begin with prefix.
@@ -64,7 +73,7 @@ func (r *run) produce(ctx context.Context, j *job, prefix string) error {
 		return err
 	}
 	bytes := float64(s.records) * float64(j.size)
-	r.l.set(prefix+"MB/s", bytes/1e6/s.took.Seconds())
+	r.l.set(prefix+"MB/s", s.rate)
 	r.l.quantiles(prefix, s.lat)
 	r.l.set(prefix+"wire_B/B", float64(j.wire.sent.Load()+j.wire.got.Load())/bytes)
 	r.l.set(prefix+"ratio", float64(j.wire.raw.Load())/float64(max(1, j.wire.packed.Load())))
@@ -132,9 +141,14 @@ func consumeRun(ctx context.Context, r *run) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, j.remove(context.WithoutCancel(ctx))) }()
+	defer func() { err = errors.Join(err, r.end(ctx, j)) }()
 	if j.sealed {
 		if err := r.c.waitSealed(ctx); err != nil {
+			return err
+		}
+	}
+	if j.cold {
+		if err := r.restart(ctx, "restart_ms", server.Stop); err != nil {
 			return err
 		}
 	}
@@ -148,6 +162,9 @@ func consumeRun(ctx context.Context, r *run) (err error) {
 		return err
 	}
 	r.l.set("wire_B/B", float64(j.wire.got.Load()-got)/float64(s.records*int64(j.size)))
+	if mb, _ := r.l.num("from_objects_MB"); j.cold && mb*1e6 < .9*float64(s.records*int64(j.size)) {
+		r.l.set("counts", "not all was read from the store")
+	}
 	return c.end(s.records)
 }
 
@@ -158,7 +175,7 @@ func mixedRun(ctx context.Context, r *run) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, old.remove(context.WithoutCancel(ctx))) }()
+	defer func() { err = errors.Join(err, r.end(ctx, old)) }()
 	if err := r.c.waitSealed(ctx); err != nil {
 		return err
 	}
@@ -194,7 +211,7 @@ func javaRun(ctx context.Context, r *run) (err error) {
 	if err := j.create(ctx); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, j.remove(context.WithoutCancel(ctx))) }()
+	defer func() { err = errors.Join(err, r.end(ctx, j)) }()
 	from, err := j.ends(ctx)
 	if err != nil {
 		return err

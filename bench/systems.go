@@ -156,6 +156,31 @@ func (c *cluster) each(f func(server) error) error {
 	return errors.Join(errs...)
 }
 
+// keepLogs copies what the nodes have written, after a run that failed.
+func (c *cluster) keepLogs(to string) error {
+	var logs []string
+	for _, d := range c.dirs {
+		for _, pattern := range []string{"*.log", "*/log"} {
+			found, err := filepath.Glob(filepath.Join(d, pattern))
+			if err != nil {
+				return err
+			}
+			logs = append(logs, found...)
+		}
+	}
+	for _, path := range logs {
+		b, err := os.ReadFile(path)
+		if err == nil {
+			rel := strings.ReplaceAll(strings.TrimPrefix(path, filepath.Dir(c.dirs[0])+"/"), "/", "-")
+			err = os.WriteFile(filepath.Join(to, strings.TrimSuffix(rel, ".log")+".log"), b, 0o600)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // close ends everything and removes the data.
 func (c *cluster) close() error {
 	var errs []error
@@ -199,7 +224,8 @@ func (c *cluster) first(ctx context.Context) error {
 }
 
 func (c *cluster) one(ctx context.Context) error {
-	cl, err := kgo.NewClient(kgo.SeedBrokers(c.seeds()...), kgo.DefaultProduceTopic("first"), kgo.ProducerLinger(0))
+	cl, err := kgo.NewClient(kgo.SeedBrokers(c.seeds()...), kgo.DefaultProduceTopic("first"), kgo.ProducerLinger(0), kgo.MetadataMinAge(10*time.Millisecond),
+		kgo.RetryBackoffFn(func(int) time.Duration { return 5 * time.Millisecond }))
 	if err != nil {
 		return err
 	}

@@ -61,7 +61,7 @@ func works(o options) (out []work) {
 		{"minio", "minio", "MinIO on the same disk"}} {
 		for _, p := range []int{12, 1} {
 			add(work{name: fmt.Sprintf("cold-%s-%d", store.name, p), what: fmt.Sprintf("cold consume, %d partitions, all from %s, 1 consumer", p, store.what), run: consumeRun, only: estran, own: true, setup: cold(store.url),
-				load: load{consumers: 1, partitions: p, sealed: true}, limit: "get", show: consumed})
+				load: load{consumers: 1, partitions: p, sealed: true, cold: true}, limit: "get", show: consumed})
 		}
 	}
 	for _, n := range o.partitions {
