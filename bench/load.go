@@ -44,7 +44,9 @@ type job struct {
 	during time.Duration
 	pool   pool
 	begin  atomic.Int64 // of the sending, in ns since 1970
-	wire   wire
+	// following are the consumers that have to get a first record before it begins.
+	following sync.WaitGroup
+	wire      wire
 }
 
 // pool are the values of records, random: a repeated one would measure somebody's compression. Record i has the value that is at(i).
@@ -151,6 +153,7 @@ func (j *job) produce(ctx context.Context) (s sent, err error) {
 	if err := errors.Join(errs...); err != nil {
 		return s, err
 	}
+	j.following.Wait()
 	var next, acked, failed atomic.Int64
 	next.Store(int64(j.producers))
 	every := j.every()
@@ -275,52 +278,57 @@ func (c *check) end(want int64) error {
 	return nil
 }
 
+// admin is a client for what takes its time on clusters with many partitions.
+func (j *job) admin() (*kadm.Client, error) {
+	cl, err := j.client()
+	if err != nil {
+		return nil, err
+	}
+	adm := kadm.NewClient(cl)
+	adm.SetTimeoutMillis(60_000)
+	return adm, nil
+}
+
 // create makes the job's topic.
 func (j *job) create(ctx context.Context) error {
-	cl, err := j.client()
+	adm, err := j.admin()
 	if err != nil {
 		return err
 	}
-	defer cl.Close()
-	r, err := kadm.NewClient(cl).CreateTopic(ctx, int32(j.partitions), int16(j.rf), nil, j.topic)
+	defer adm.Close()
+	r, err := adm.CreateTopic(ctx, int32(j.partitions), int16(j.rf), nil, j.topic)
 	return errors.Join(err, r.Err)
 }
 
 func (j *job) remove(ctx context.Context) error {
-	cl, err := j.client()
+	adm, err := j.admin()
 	if err != nil {
 		return err
 	}
-	defer cl.Close()
-	adm := kadm.NewClient(cl)
-	adm.SetTimeoutMillis(60_000)
+	defer adm.Close()
 	r, err := adm.DeleteTopic(ctx, j.topic)
 	return errors.Join(err, r.Err)
 }
 
 // ends are the partitions' ends. A new topic may have no leaders yet: that is asked again.
-func (j *job) ends(ctx context.Context) (map[int32]int64, error) {
-	cl, err := j.client()
+func (j *job) ends(ctx context.Context) (out map[int32]int64, err error) {
+	adm, err := j.admin()
 	if err != nil {
 		return nil, err
 	}
-	defer cl.Close()
-	for {
-		ends, err := kadm.NewClient(cl).ListEndOffsets(ctx, j.topic)
-		if err == nil {
-			err = ends.Error()
-		}
-		out := map[int32]int64{}
+	defer adm.Close()
+	var last error
+	err = until(ctx, "leaders of all partitions of "+j.topic, func() bool {
+		ends, err := adm.ListEndOffsets(ctx, j.topic)
+		last = errors.Join(err, ends.Error())
+		out = map[int32]int64{}
 		ends.Each(func(e kadm.ListedOffset) { out[e.Partition] = e.Offset })
-		if err == nil && len(out) == j.partitions {
-			return out, nil
-		}
-		select {
-		case <-ctx.Done():
-			return nil, fmt.Errorf("the ends of %d partitions of %s, %d known: %w", j.partitions, j.topic, len(out), errors.Join(ctx.Err(), err))
-		case <-time.After(20 * time.Millisecond):
-		}
+		return last == nil && len(out) == j.partitions
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%w: %d of %d: %w", err, len(out), j.partitions, last)
 	}
+	return out, nil
 }
 
 func (j *job) consumer(from map[int32]int64, mine func(p int32) bool, among int) (*kgo.Client, error) {
@@ -386,7 +394,8 @@ func (j *job) read(ctx context.Context, from, to map[int32]int64, consumers int,
 
 // tail follows all partitions until `total` records have come, and returns how long after they were due.
 func (j *job) tail(ctx context.Context, cl *kgo.Client, c *check) (lat []time.Duration, err error) {
-	every := j.every()
+	every, there := j.every(), sync.OnceFunc(j.following.Done)
+	defer there()
 	for c.n.Load() < j.total {
 		fs := cl.PollFetches(ctx)
 		if err := fs.Err(); err != nil {
@@ -402,6 +411,9 @@ func (j *job) tail(ctx context.Context, cl *kgo.Client, c *check) (lat []time.Du
 				lat = append(lat, now.Sub(j.due(i)))
 			}
 		})
+		if c.n.Load() > 0 {
+			there()
+		}
 	}
 	return lat, c.end(j.total)
 }

@@ -271,7 +271,9 @@ func (r *run) measure(ctx context.Context, prefix string, f func() (int64, error
 	set("rss_MiB", rss)
 	set("peak_MiB", peak)
 	set("disk_B/B", (after.written-before.written)/bytes)
-	set("flushes/GiB", (after.flushes-before.flushes)/gib)
+	if r.b.disk != "" {
+		set("flushes/GiB", (after.flushes-before.flushes)/gib)
+	}
 	set("lo_B/B", (after.lo-before.lo)/bytes)
 	if r.c.system != estran {
 		return nil

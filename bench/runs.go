@@ -109,6 +109,7 @@ func (j *job) produceAndFollow(ctx context.Context, from map[int32]int64) (s sen
 			return s, nil, err
 		}
 		defer cl.Close()
+		j.following.Add(1)
 		wg.Go(func() {
 			if lat[i], errs[i] = j.tail(ctx, cl, newCheck(j.pool, j.total, 16, from)); errs[i] != nil {
 				cancel(errs[i])
@@ -314,14 +315,14 @@ func partitionsRun(ctx context.Context, r *run) error {
 	if err := many.create(ctx); err != nil {
 		return err
 	}
-	cl, err := many.client()
+	adm, err := many.admin()
 	if err != nil {
 		return err
 	}
-	defer cl.Close()
+	defer adm.Close()
 	for many.partitions < n {
 		many.partitions = min(n, many.partitions+partitionStep)
-		rs, err := kadm.NewClient(cl).UpdatePartitions(ctx, many.partitions, many.topic)
+		rs, err := adm.UpdatePartitions(ctx, many.partitions, many.topic)
 		if err := errors.Join(err, rs.Error()); err != nil {
 			return err
 		}
@@ -391,20 +392,16 @@ func topicsRun(ctx context.Context, r *run) error {
 	if err := r.restart(ctx, "kill9_ms", server.Kill); err != nil {
 		return err
 	}
-	for { // each has its record still
+	var last error
+	err = until(ctx, "leaders of all topics", func() bool {
 		ends, err := adm.ListEndOffsets(ctx, names...)
-		if err = errors.Join(err, ends.Error()); err == nil {
-			ends.Each(func(o kadm.ListedOffset) {
-				if o.Offset != 1 {
-					err = errors.Join(err, fmt.Errorf("WRONG: %s ends at %d, not at 1", o.Topic, o.Offset))
-				}
-			})
-			return err
-		}
-		select { // some have no leader yet
-		case <-time.After(20 * time.Millisecond):
-		case <-ctx.Done():
-			return errors.Join(ctx.Err(), err)
-		}
-	}
+		last = errors.Join(err, ends.Error())
+		ends.Each(func(o kadm.ListedOffset) { // each has its record still
+			if o.Err == nil && o.Offset != 1 {
+				last = fmt.Errorf("WRONG: %s ends at %d, not at 1", o.Topic, o.Offset)
+			}
+		})
+		return last == nil
+	})
+	return errors.Join(err, last)
 }
