@@ -190,8 +190,20 @@ func bench(ctx context.Context, o options, stdout interface{ WriteString(string)
 		}
 	}
 	for _, n := range o.nodes {
-		if err := errors.Join(b.sideBySide(ctx, n), b.alone(ctx, n)); err != nil {
-			return err
+		for _, part := range []func(context.Context, int) error{b.sideBySide, b.alone} {
+			err := part(ctx, n)
+			if ctx.Err() != nil {
+				return err
+			}
+			if err != nil { // the clusters did not start: the other part may
+				b.failed++
+				var l line
+				l.set("nodes", n)
+				l.put("error", b.why(err))
+				if err := b.emit(l); err != nil {
+					return err
+				}
+			}
 		}
 	}
 	if b.failed > 0 {
@@ -269,6 +281,11 @@ func (b *comparison) setup(s setup) setup {
 	return s
 }
 
+// why is an error as a line may have it: short, and without this machine's directories. The nodes' logs have more.
+func (b *comparison) why(err error) string {
+	return fmt.Sprintf("%.500s", strings.ReplaceAll(strings.ReplaceAll(err.Error(), b.o.out, "out"), b.store, "store"))
+}
+
 // sideBySide runs the works that share clusters: all systems at once, one measured after the other.
 func (b *comparison) sideBySide(ctx context.Context, nodes int) (err error) {
 	works := slices.DeleteFunc(slices.Clone(b.works), func(w work) bool { return w.own })
@@ -285,7 +302,7 @@ func (b *comparison) sideBySide(ctx context.Context, nodes int) (err error) {
 		c, _, err := startCluster(ctx, s, nodes, b.o.program, b.setup(setup{}))
 		all = append(all, c)
 		if err != nil {
-			return fmt.Errorf("starting %s: %w", s, err)
+			return fmt.Errorf("starting %s: %w", s, errors.Join(err, c.keepLogs(b.o.out)))
 		}
 	}
 	if err := b.prepare(ctx, all...); err != nil {
@@ -354,7 +371,7 @@ func (b *comparison) one(ctx context.Context, r *run, nodes, round int) error {
 	}
 	if err != nil {
 		b.failed++
-		r.l.put("error", errors.Join(err, r.c.keepLogs(b.o.out)).Error())
+		r.l.put("error", b.why(errors.Join(err, r.c.keepLogs(b.o.out))))
 	}
 	return b.emit(*r.l)
 }
