@@ -12,9 +12,10 @@ import (
 )
 
 const (
-	// fetchesMax bounds the entries that a group of a follower is fetching, fetchTime one of them, fetchMost an entry's Data or payload.
+	// fetchesMax bounds the entries that a group of a follower is fetching, fetchTime one of them, fetchTry an attempt at one server, fetchMost an entry's Data or payload.
 	fetchesMax = 16
 	fetchTime  = 10 * time.Second
+	fetchTry   = 3 * time.Second
 	fetchMost  = 24 << 20
 )
 
@@ -60,7 +61,9 @@ func (m *mirror) fetchEntry(ctx context.Context, index, term uint64) error {
 		if to == "" {
 			continue
 		}
-		e, applied, err := m.fetchFrom(ctx, to, index, term)
+		try, cancel := context.WithTimeout(ctx, fetchTry)
+		e, applied, err := m.fetchFrom(try, to, index, term)
+		cancel()
 		switch {
 		case err != nil:
 			errs = append(errs, fmt.Errorf("%s: %w", to, err))

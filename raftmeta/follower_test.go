@@ -269,9 +269,7 @@ func TestStaleFollowerServesNothing(t *testing.T) {
 			return gated{conn, addr, &only}, err
 		}
 	})
-	if _, err := f.Partition(tp); err != nil {
-		t.Fatal(err)
-	}
+	until(t, "the follower to serve", func() bool { _, err := f.Partition(tp); return err == nil })
 	follower := -1
 	until(t, "a voter that does not lead the shard", func() bool {
 		l, ok := c.hosts[0].Leader(topic.Partitions[0].Shard)

@@ -319,7 +319,7 @@ func (m *mirror) reached(ctx context.Context) (uint64, error) {
 		if to == "" {
 			continue
 		}
-		r, e := m.f.peers.Reached(ctx, to, uint32(m.id))
+		r, e := m.ask(ctx, to)
 		if e == nil && r.Proven {
 			m.setHint(to)
 			return r.Index, nil
@@ -329,7 +329,7 @@ func (m *mirror) reached(ctx context.Context) (uint64, error) {
 		}
 		if m.setHint(""); e == nil && r.Leader != "" && r.Leader != to && !m.f.cfg.Stay && m.f.knows(r.Leader) {
 			m.setHint(r.Leader)
-			if r, e := m.f.peers.Reached(ctx, r.Leader, uint32(m.id)); e == nil && r.Proven {
+			if r, e := m.ask(ctx, r.Leader); e == nil && r.Proven {
 				return r.Index, nil
 			}
 			m.setHint("")
@@ -339,6 +339,13 @@ func (m *mirror) reached(ctx context.Context) (uint64, error) {
 		}
 	}
 	return 0, err
+}
+
+// ask asks one server; another is asked if it does not answer soon.
+func (m *mirror) ask(ctx context.Context, server string) (peer.Reach, error) {
+	ctx, cancel := context.WithTimeout(ctx, m.f.slow(proofTry))
+	defer cancel()
+	return m.f.peers.Reached(ctx, server, uint32(m.id))
 }
 
 // prove returns when everything that was acknowledged before the call is applied here.
@@ -409,8 +416,11 @@ type proof struct {
 	err   error
 }
 
-// proofTime bounds one question.
-const proofTime = 2 * time.Second
+// proofTime bounds one question, proofTry what one server gets of that.
+const (
+	proofTime = 2 * time.Second
+	proofTry  = 500 * time.Millisecond
+)
 
 func (r *proofs) join(ctx context.Context) (uint64, error) {
 	r.mu.Lock()
