@@ -63,8 +63,7 @@ type Follower struct {
 	learnMu sync.Mutex
 	learned map[string]string // addresses by server ID, as they answered
 
-	pokeMu sync.Mutex
-	poked  chan struct{}
+	bell bell // rings when anything was applied, or has become fresh
 
 	stop   chan struct{}
 	ctx    context.Context // ends with stop
@@ -109,7 +108,7 @@ func OpenFollower(ctx context.Context, cfg FollowerConfig) (_ *Follower, err err
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	f := &Follower{cfg: cfg, server: fmt.Sprintf("%d.%s", cfg.NodeID, hex.EncodeToString(random(8))), learned: map[string]string{}, poked: make(chan struct{}), stop: make(chan struct{})}
+	f := &Follower{cfg: cfg, server: fmt.Sprintf("%d.%s", cfg.NodeID, hex.EncodeToString(random(8))), learned: map[string]string{}, stop: make(chan struct{})}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	f.level.Store(state.LevelFirst)
 	f.shard.Store(new([]*mirror))
@@ -170,9 +169,7 @@ func (f *Follower) openShards() {
 // followShards follows the shards that are added.
 func (f *Follower) followShards() {
 	for {
-		f.pokeMu.Lock()
-		ch := f.poked
-		f.pokeMu.Unlock()
+		ch := f.bell.listen()
 		f.openShards()
 		select {
 		case <-ch:
@@ -309,19 +306,12 @@ func (f *Follower) serverOfNode(node int32) string {
 
 func (f *Follower) shards() int { return int(f.Cluster().Shards) }
 
-func (f *Follower) poke() {
-	f.pokeMu.Lock()
-	defer f.pokeMu.Unlock()
-	close(f.poked)
-	f.poked = make(chan struct{})
-}
+func (f *Follower) poke() { f.bell.ring() }
 
 // await returns when cond holds; it is asked again whenever something was applied.
 func (f *Follower) await(ctx context.Context, what string, cond func() bool) error {
 	for {
-		f.pokeMu.Lock()
-		ch := f.poked
-		f.pokeMu.Unlock()
+		ch := f.bell.listen()
 		if cond() {
 			return nil
 		}

@@ -39,8 +39,7 @@ type Host struct {
 	refused       chan struct{} // closed when the cluster is at a level that this program does not know
 	refusal       error         // why, once refused is closed
 
-	pokeMu sync.Mutex
-	poked  chan struct{} // closed and renewed when anything was applied
+	bell bell // rings when anything was applied
 
 	ids   producerIDs
 	marks marks
@@ -65,7 +64,7 @@ func Open(ctx context.Context, cfg Config) (_ *Host, err error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	h := &Host{cfg: cfg, stop: make(chan struct{}), opened: make(chan struct{}), removed: make(chan struct{}), refused: make(chan struct{}), poked: make(chan struct{}), shardCount: int(cfg.Shards)}
+	h := &Host{cfg: cfg, stop: make(chan struct{}), opened: make(chan struct{}), removed: make(chan struct{}), refused: make(chan struct{}), shardCount: int(cfg.Shards)}
 	var fresh bool
 	h.identity, h.lock, fresh, err = openDataDir(cfg.DataDir, cfg.NodeID, cfg.alone())
 	if err != nil {
@@ -192,9 +191,7 @@ func (h *Host) openShards() error {
 // followShards opens the shards that are added while the node runs, and remembers the groups that have been here.
 func (h *Host) followShards() {
 	for {
-		h.pokeMu.Lock()
-		ch := h.poked
-		h.pokeMu.Unlock()
+		ch := h.bell.listen()
 		if err := errors.Join(h.openShards(), h.recordGroups(), h.recordPeers(), h.recordLevel()); err != nil {
 			h.cfg.OnFatal(err)
 			return
@@ -219,19 +216,12 @@ func (h *Host) groups() []*group {
 }
 
 // poke wakes everyone who waits in await.
-func (h *Host) poke() {
-	h.pokeMu.Lock()
-	defer h.pokeMu.Unlock()
-	close(h.poked)
-	h.poked = make(chan struct{})
-}
+func (h *Host) poke() { h.bell.ring() }
 
 // await returns when cond holds; it is asked again whenever something was applied.
 func (h *Host) await(ctx context.Context, what string, cond func() bool) error {
 	for {
-		h.pokeMu.Lock()
-		ch := h.poked
-		h.pokeMu.Unlock()
+		ch := h.bell.listen()
 		if cond() {
 			return nil
 		}

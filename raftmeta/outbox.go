@@ -30,9 +30,7 @@ func (h *Host) carry(g *group) {
 // whenPoked does something for a shard that this node leads, whenever something was applied.
 func (h *Host) whenPoked(what string, g *group, do func() error) {
 	for {
-		h.pokeMu.Lock()
-		ch := h.poked
-		h.pokeMu.Unlock()
+		ch := h.bell.listen()
 		if g.leads.Load() > 0 {
 			if err := do(); err != nil {
 				h.cfg.Logger.Debug(what, "shard", g.id, "err", err)
